@@ -1,0 +1,44 @@
+"""Execute notebooks in place, skipping `#| slow` and `#| cuda` cells, then clean them.
+
+    python tools/refresh.py nbs/03_corpus.ipynb ...     (no argument: every notebook)
+
+A skipped cell keeps the outputs it has. An error stops the run and the notebook stays as it was.
+"""
+import os, re, sys, time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbdev.clean import clean_nb
+
+SKIP = re.compile(r"^#\|\s*(slow|cuda|eval:\s*false)\b", re.M)
+
+
+class SkippingClient(NotebookClient):
+    "A notebook client that passes over the cells that need long time or a GPU."
+    async def async_execute_cell(self, cell, cell_index, **kw):
+        if cell.cell_type == "code" and SKIP.search(cell.source): return cell
+        return await super().async_execute_cell(cell, cell_index, **kw)
+
+
+def refresh(path):
+    "Execute the notebook at `path` and write it back clean."
+    nb = nbformat.read(path, 4)
+    SkippingClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}).execute()
+    nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    clean_nb(nb)
+    for cell in nb.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+    nbformat.write(nb, path)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    root = Path(__file__).resolve().parent.parent
+    for p in sys.argv[1:] or sorted(map(str, (root / "nbs").glob("*.ipynb"))):
+        start = time.time()
+        refresh(p)
+        print(f"{p}: {time.time() - start:.0f} s")
