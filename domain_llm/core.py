@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['InputError', 'nearest', 'atomic_file', 'atomic_dir', 'write_json', 'read_json', 'write_jsonl', 'read_jsonl',
-           'cache_dir', 'file_hash', 'fingerprint', 'progress', 'versions', 'machine', 'peak_memory_gb', 'results_dir',
-           'save_result', 'load_result']
+           'cache_dir', 'file_hash', 'fingerprint', 'progress', 'versions', 'machine', 'peak_memory_gb',
+           'reset_peak_memory', 'results_dir', 'save_result', 'load_result']
 
 # %% ../nbs/00_core.ipynb #21c7c543
 import hashlib, json, os, shutil, tempfile, time
@@ -139,11 +139,17 @@ def _lines(path):
     except OSError: return []
 
 def peak_memory_gb():
-    "The most memory this process has held so far, in GB (0 where the system does not say)."
-    try: import resource
+    "The most memory this process has held since `reset_peak_memory`, or since its start, in GB (0 where the system does not say)."
+    kb = next((int(l.split()[1]) for l in _lines("/proc/self/status") if l.startswith("VmHWM")), None)
+    if kb is not None: return round(kb / 2**20, 2)
+    try: import resource, sys
     except ImportError: return 0.0
-    import sys
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20), 2)
+
+def reset_peak_memory():
+    "Start a new measurement for `peak_memory_gb` (Linux only; elsewhere it goes on)."
+    try: Path("/proc/self/clear_refs").write_text("5")
+    except OSError: pass
 
 # %% ../nbs/00_core.ipynb #78d72683
 def results_dir():

@@ -7,7 +7,7 @@ __all__ = ['MAX_BYTES', 'MAX_RUN', 'KINDS', 'SHINGLE', 'decode', 'read', 'clean'
            'near_duplicates', 'rank', 'covered', 'decontaminate', 'build', 'report_text', 'hold_out']
 
 # %% ../nbs/03_corpus.ipynb #0b21872c
-import hashlib, json, math, os, re, unicodedata
+import bisect, hashlib, json, math, os, re, unicodedata
 from pathlib import Path
 import numpy as np
 from .core import InputError, progress
@@ -29,7 +29,7 @@ def decode(raw): # the bytes of a text file
     except UnicodeDecodeError as e: good = e.start
     patched = raw.decode("utf-8", errors="replace")
     others = sum(map(len, re.findall(r"[^\x00-\x7f]+", patched)))
-    if patched.count("\ufffd") <= 0.05 * others: return patched.replace("\ufffd", "")
+    if patched.count("\ufffd") <= 0.2 * others: return patched.replace("\ufffd", "")
     return _legacy(raw)
 
 # %% ../nbs/03_corpus.ipynb #0eb1e3c6
@@ -333,7 +333,7 @@ def _unwrap(lines):
     return "\n".join(out)
 
 # %% ../nbs/03_corpus.ipynb #faaec17c
-_HYPHEN = "-\u2010\u2011\u00ad"
+_HYPHEN = "-\u2010\u2011"
 
 def _vocabulary(text):
     "Words of a text, with and without inner hyphens, in lower case."
@@ -344,12 +344,11 @@ def _join(a, b, words):
     if re.search(rf"[{_CJK}，。、；：？！）》”]$", a) and re.match(rf"[{_CJK}（《“]", b): return a + b
     m, n = re.search(rf"([^\W\d_]+(?:[-\u2010\u2011][^\W\d_]+)*)([{_HYPHEN}])$", a), re.match(r"[^\W\d_]+", b)
     if not m or not n: return a + " " + b
-    if n[0][0].isupper() or {m[1].lower() + h + n[0].lower() for h in "-\u2010\u2011"} & words and m[2] != "\u00ad": return a + b
+    if n[0][0].isupper() or {m[1].lower() + h + n[0].lower() for h in "-\u2010\u2011"} & words: return a + b
     return a[:-1] + b
 
 def _soft(text):
-    "Words that were broken at a soft hyphen, or at a hyphen when the text has the whole word elsewhere."
-    text = re.sub("\u00ad[ \t]*\n[ \t]*|\u00ad", "", text)
+    "Words broken at a hyphen become whole where the text has the whole word elsewhere."
     if not re.search(r"[^\W\d_][-\u2010\u2011]\n[ \t]*[^\W\d_]", text): return text
     words = _vocabulary(text)
     whole = lambda m: m[1] + m[2] if (m[1] + m[2]).lower() in words else m[0]
@@ -360,7 +359,7 @@ def _line(line):
     "One line of prose without surplus spaces; tables, indented code and aligned columns stay as they are."
     line = line.rstrip(" \t")
     body = line.lstrip(" \t")
-    if body.startswith("|") or line.startswith(("    ", "\t")) or len(re.findall(r"\S[ \t]{2,}(?=\S)", body)) >= 2: return line
+    if body.startswith("|") or line.startswith(("    ", "\t")) or len(re.findall(r"[^\s.,:;!?][ \t]{2,}(?=\S)", body)) >= 2: return line
     return line[:len(line) - len(body)] + re.sub(r"[ \t]+", " ", body)
 
 def _prose(text):
@@ -372,8 +371,8 @@ def clean(text:str): # one document
     """The text without what is no text: control characters, soft hyphens and line-break hyphens, running heads and page numbers,
     cookie banners and menus, surplus white space. Code blocks and tables keep their layout. Applying it twice changes nothing more."""
     text = _SPACES.sub(" ", _BREAKS.sub("\n", unicodedata.normalize("NFC", re.sub("[\ufffe\x02](?=\r?\n)", "-", text))))
-    if "\f" in text: text = _pages(_GONE.sub("", text))
-    text = unicodedata.normalize("NFC", _GONE.sub("", text))
+    text = _GONE.sub("", re.sub("\u00ad[ \t]*\n[ \t]*|\u00ad", "", text))
+    text = unicodedata.normalize("NFC", _pages(text) if "\f" in text else text)
     parts = re.split(r"^([ \t]*(`{3,}|~{3,}).*\n(?:.*\n)*?[ \t]*\2[`~]*[ \t]*)$", text, flags=re.M)
     text = "".join(_prose(p) if i % 3 == 0 else p if i % 3 == 1 else "" for i, p in enumerate(parts))
     return text.strip("\n").rstrip()
@@ -381,8 +380,11 @@ def clean(text:str): # one document
 # %% ../nbs/03_corpus.ipynb #9980840f
 SHINGLE = 24 # UTF-8 bytes of letters and digits: about five English words, or eight Chinese characters
 
+_OTHER = bytes(c for c in range(128) if not chr(c).isalnum())
+
 def _letters(text):
     "Letters and digits alone, case folded, as UTF-8 bytes: spaces, punctuation and mark-up say nothing about copying."
+    if text.isascii(): return text.encode().lower().translate(None, _OTHER)
     return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold()).encode("utf-8", "ignore")
 
 def _roll(b, # bytes as a uint8 array
@@ -406,7 +408,8 @@ def _sketches(texts, n=SHINGLE, scale=1):
         h = _roll(np.frombuffer(b"".join(parts), np.uint8), n) if ends[-1] else np.zeros(0, np.uint64)
         for i, p in enumerate(parts):
             own = h[ends[i]:ends[i] + max(len(p) - n + 1, 0)]
-            out.append(np.unique(own if scale == 1 else own[own % np.uint64(scale) == 0]))
+            own = np.sort(own if scale == 1 else own[own % np.uint64(scale) == 0])
+            out.append(own[np.diff(own, prepend=~own[:1]) != 0]) # each once
     return out
 
 def _scale(texts): return 1 + sum(map(len, texts)) // 50_000_000 # bounds memory at about 50 million hashes
@@ -471,7 +474,7 @@ def near_duplicates(texts, # list of str
     if not 0 < threshold <= 1: raise InputError(f"threshold {threshold} is not a similarity: choose one above 0 and at most 1.")
     texts = list(texts)
     sets = _sketches(texts, scale=_scale(texts))
-    sig = np.concatenate([_minhash(sets[k:k + 4096]) for k in range(0, len(sets), 4096)] or [np.zeros((0, 128), np.uint64)])
+    sig = np.concatenate([_minhash(sets[k:k + 256]) for k in range(0, len(sets), 256)] or [np.zeros((0, 128), np.uint64)])
     some = np.flatnonzero([len(s) > 0 for s in sets])
     pairs = some[_candidates(sig[some], _bands(threshold))]
     guess = np.concatenate([(sig[p[:, 0]] == sig[p[:, 1]]).mean(1) for p in np.array_split(pairs, 1 + len(pairs) // 10_000)]) if len(pairs) else np.zeros(0)
@@ -570,14 +573,21 @@ def _without(text, spans):
     "The text without the paragraphs that hold `spans` (in letters), nor the answer that follows one."
     parts = _paragraphs(text)
     ends = np.cumsum([0] + [len(_letters(p)) for p in parts])
-    bad = {k for a, b, _ in spans for k in range(np.searchsorted(ends, a, "right") - 1, np.searchsorted(ends, b, "left"))}
-    answer = re.compile(r"\W*(?:(?:the )?(?:correct )?answer|ans|a|options?|答案?|正确答案|解析|\(?[A-Ea-e][.)、:：])\b?\W*", re.I)
+    touched = lambda k, a, b: min(b, ends[k + 1]) - max(a, ends[k]) >= min(10, max(ends[k + 1] - ends[k], 1)) # a letter or two may agree by chance
+    bad = {k for a, b, _ in spans for k in range(np.searchsorted(ends, a, "right") - 1, np.searchsorted(ends, b, "left")) if touched(k, a, b)}
+    answer = re.compile(r"\W*(?:(?:the )?(?:correct |right )?(?:answer|ans|a|options?|choices?|答案?|正确答案|解析|选项)\s*[:：]|\(?[A-E][.)、:：])", re.I)
     after = None
     for k, p in enumerate(parts):
         if k in bad: after = k
-        elif after is not None and p.strip() and answer.match(p) and re.match(r"\W*(?:\w{1,7}( answer)?\W*[:：]|\(?[A-Ea-e][.)、])", p, re.I): bad.add(k)
+        elif after is not None and p.strip() and answer.match(p): bad.add(k)
         elif p.strip(): after = None
-    return "".join(p for k, p in enumerate(parts) if k not in bad).strip("\n").rstrip(), "".join(parts[k] for k in sorted(bad)).strip()
+        elif after is not None: bad.add(k) # the blank line
+    return "".join(p for k, p in enumerate(parts) if k not in bad).strip("\n").rstrip()
+
+def _around(text, k):
+    "About 200 characters of a text around its letter number `k`."
+    at = bisect.bisect_right(range(len(text)), k, key=lambda m: len(_letters(text[:m]))) - 1
+    return " ".join(text[max(at - 60, 0):at + 140].split())
 
 # %% ../nbs/03_corpus.ipynb #24b42de4
 def decontaminate(rows, # document rows
@@ -595,17 +605,15 @@ def decontaminate(rows, # document rows
     if n < 6: raise InputError(f"n={n} words is too short to tell a leak from common phrases: use 8 to 13.")
     index, kept, dropped = _index(questions, n), [], []
     for row in rows if questions else []:
-        text, first, cut = row["text"], None, []
+        text, first = row["text"], None
         while spans := _find(_letters(text), index) if text else []:
-            first = spans[0] if first is None else first
-            rest, gone = _without(text, spans)
-            cut.append(gone)
-            if len(rest) >= len(text): rest = "" # nothing could be cut
-            text = rest
+            first, where = (spans[0], _around(text, spans[0][0])) if first is None else (first, where)
+            rest = _without(text, spans)
+            text = rest if len(rest) < len(text) else "" # nothing could be cut
         if first is None: kept.append(dict(row)); continue
         stays = len(text.encode()) >= min_chars
         q = questions[first[2]]
-        dropped.append(dict(id=row["id"], kind=row["kind"], reason="leak removed" if stays else "leak", question=q if isinstance(q, str) else q["question"], excerpt=cut[0][:200]))
+        dropped.append(dict(id=row["id"], kind=row["kind"], reason="leak removed" if stays else "leak", question=q if isinstance(q, str) else q["question"], excerpt=where))
         if stays: kept.append({**row, "text": text})
     return _dataset(kept if questions else list(rows)), dropped
 
@@ -637,6 +645,7 @@ def build(sources, # what `read` takes: a folder, a file, a data set, or a list 
         nonlocal began
         steps.append(_totals(rows, step)); seconds[step] = round(time.time() - began, 3); began = time.time()
         return rows
+    questions = list(questions)
     ds, skipped = read(sources, kind=kind)
     rows = done("read", list(ds))
     rows = done("clean", [{**r, "text": clean(r["text"])} for r in progress(rows, desc="cleaning", unit="doc")])
@@ -646,8 +655,9 @@ def build(sources, # what `read` takes: a folder, a file, a data set, or a list 
     rows, twins = _exact(sorted(rows, key=rank))
     lost += twins; done("exact", rows)
     repeats = covered(rows, threshold)
-    cover = [dict(id=rows[c["index"]]["id"], share=round(c["share"], 3), by=[(rows[j]["id"], round(s, 3)) for j, s in c["by"]]) for c in repeats]
-    lost += [dict(reason="near-duplicate", row=rows[c["index"]], by=v["by"][:3], share=v["share"]) for c, v in zip(repeats, cover)]
+    cover = [dict(id=t["row"]["id"], share=1.0, by=t["by"]) for t in twins]
+    cover += [dict(id=rows[c["index"]]["id"], share=round(c["share"], 3), by=[(rows[j]["id"], round(s, 3)) for j, s in c["by"]]) for c in repeats]
+    lost += [dict(reason="near-duplicate", row=rows[c["index"]], by=v["by"][:3], share=v["share"]) for c, v in zip(repeats, cover[len(twins):])]
     away = {c["index"] for c in repeats}
     rows = done("near", sorted((r for i, r in enumerate(rows) if i not in away), key=lambda r: r["id"]))
     clear, leaks = decontaminate(rows, questions, n=n, min_chars=min_chars)

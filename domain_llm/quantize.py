@@ -144,11 +144,13 @@ convert.main()"""
 def _convert(folder, path, pre=""):
     "Run llama.cpp's converter on a model folder, without loss of precision, in a process of its own."
     config = read_json(folder / "config.json")
+    rule = _pre_tokenizer(folder)
+    if rule in ("gpt-2", "smollm"): pre = rule
     kind = {"bfloat16": "bf16", "float16": "f16"}.get(config.get("dtype") or config.get("torch_dtype"), "f32")
     done = subprocess.run([sys.executable, "-c", _RUN, pre, "--outtype", kind, "--outfile", str(path), str(folder.resolve())],
                           capture_output=True, text=True, errors="replace", cwd=path.parent, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode == 0 and path.exists(): return path
-    if "pre-tokenizer was not recognized" in done.stderr and not pre and (known := _pre_tokenizer(folder)): return _convert(folder, path, known)
+    if "pre-tokenizer was not recognized" in done.stderr and not pre and rule: return _convert(folder, path, rule)
     if "No space left" in done.stderr: raise InputError(f"the disk of {path.parent.parent} is full. Free some space or choose another output folder.")
     last = ([l for l in done.stderr.splitlines() if l.strip()] or [f"it ended with code {done.returncode}"])[-1].strip()
     raise InputError(f"llama.cpp's converter cannot convert {folder}: {last} The folder must hold a complete causal language model of a family that "
@@ -163,11 +165,10 @@ def _kind(name, shape, target):
     return "q8_0" if name.startswith(("token_embd", "output")) else target
 
 # %% ../nbs/13_quantize.ipynb #77c9dd1a
-def _quantize(source, path, target, template):
-    "Copy the GGUF file `source` to `path` with its matrices as `target` and the given chat template."
+def _quantize(reader, path, target, template):
+    "Copy an open GGUF file to `path` with its matrices as `target` and the given chat template."
     import numpy as np
-    from gguf import GGUFReader, GGUFValueType, GGUFWriter, GGMLQuantizationType as Q, quants
-    reader = GGUFReader(source)
+    from gguf import GGUFValueType, GGUFWriter, GGMLQuantizationType as Q, quants
     writer = GGUFWriter(path, reader.fields["general.architecture"].contents())
     new = {"general.file_type": (TYPES[target], GGUFValueType.UINT32), "tokenizer.chat_template": (template, GGUFValueType.STRING)}
     for key, field in reader.fields.items():
@@ -232,6 +233,7 @@ def export_gguf(folder, # folder of a full model (safetensors and tokenizer), or
 # %% ../nbs/13_quantize.ipynb #9862eb64
 def _export(folder, out, paths, mark, template):
     "Convert and quantize what is not there yet."
+    from gguf import GGUFReader
     out.mkdir(parents=True, exist_ok=True)
     record = out / "export.json"
     made = read_json(record) if record.exists() else {}
@@ -241,12 +243,13 @@ def _export(folder, out, paths, mark, template):
     need, free = int(weights * (1.1 + len(todo))), shutil.disk_usage(out).free
     if free < need: raise InputError(f"{out} has {free/1e9:.1f} GB free, and the export needs up to {need/1e9:.1f} GB. Free some space or choose another folder.")
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as tmp:
-        source = _convert(folder, Path(tmp).resolve() / "lossless.gguf")
+        source = GGUFReader(_convert(folder, Path(tmp).resolve() / "lossless.gguf"))
         for t, path in todo.items():
             _quantize(source, Path(tmp) / path.name, t, template)
             os.replace(Path(tmp) / path.name, path)
             made[path.name] = {"from": mark, "bytes": path.stat().st_size}
             write_json(record, made)
+        del source
 
 # %% ../nbs/13_quantize.ipynb #fdb6d35e
 def _gguf_file(path):
@@ -362,21 +365,34 @@ def _wilson(hits, n, z=1.96):
     return (p + s/2 - half) / (1 + s), (p + s/2 + half) / (1 + s)
 
 # %% ../nbs/13_quantize.ipynb #f507b7ef
-def _choices(url, model, ids, max_tokens, top):
-    "For each token that llama.cpp writes after `ids`: whether the original would choose it, and the divergence (nats) over its top choices."
+def _complete_at(tok, ids):
+    "The positions in `ids` at which the text written so far ends with a whole character."
+    at, pending = [], []
+    for i, t in enumerate(ids):
+        pending.append(t)
+        if not tok.decode(pending).endswith("\ufffd"): at.append(i); pending = []
+    return at
+
+def _divergence(step, row):
+    "Kullback-Leibler divergence (nats) from the original's log-probabilities `row` to a step of llama.cpp, over its top choices and the rest."
     import torch
-    reply = _post(url + "/completion", dict(prompt=ids, n_predict=max_tokens, temperature=0, n_probs=top, cache_prompt=False))
-    steps = reply["completion_probabilities"]
-    with torch.inference_mode(): logits = model(torch.tensor([ids + [s["id"] for s in steps]], device=model.device)).logits[0]
+    best = [t for t in step["top_logprobs"] if t["logprob"] is not None and t["logprob"] > -50]
+    q = torch.tensor([t["logprob"] for t in best]).exp().double()
+    p = row[[t["id"] for t in best]].exp().double()
+    p, q = (torch.cat([x, (1 - x.sum())[None]]).clamp_min(1e-9) for x in (p, q))
+    return max(0.0, float((p * (p / q).log()).sum()))
+
+# %% ../nbs/13_quantize.ipynb #aad1cf38
+def _choices(url, model, tok, ids, max_tokens, top):
+    "For the tokens that llama.cpp writes after `ids`: would the original choose each too (booleans), and the divergences where known."
+    import torch
+    reply = _post(url + "/completion", dict(prompt=ids, n_predict=max_tokens, temperature=0, n_probs=top, return_tokens=True, cache_prompt=False))
+    written = reply["tokens"]
+    with torch.inference_mode(): logits = model(torch.tensor([ids + written], device=model.device)).logits[0]
     own = logits[len(ids) - 1:-1].float().log_softmax(-1).cpu()
-    out = []
-    for s, row in zip(steps, own):
-        best = [t for t in s["top_logprobs"] if t["logprob"] is not None and t["logprob"] > -50]
-        q = torch.tensor([t["logprob"] for t in best]).exp().double()
-        p = row[[t["id"] for t in best]].exp().double()
-        p, q = (torch.cat([x, (1 - x.sum()).clamp_min(1e-9)[None]]).clamp_min(1e-12) for x in (p, q))
-        out.append((int(row.argmax()) == s["id"], float((p * (p / q).log()).sum())))
-    return out
+    same = [int(row.argmax()) == t for row, t in zip(own, written)]
+    pairs = zip(reply.get("completion_probabilities", []), _complete_at(tok, written))
+    return same, [_divergence(s, own[i]) for s, i in pairs if s["id"] == written[i]]
 
 # %% ../nbs/13_quantize.ipynb #534d87e9
 def _compare_text(url, tok, conversations):
@@ -406,24 +422,25 @@ def check(gguf_path, # the exported file
           prompts:list, # questions, or conversations, of the kind the model will get
           max_tokens:int=32, # places compared per prompt
           top:int=20, # most probable tokens in the divergence
-          at_least:float=0.8): # a lower agreement than this is reported as a problem
+          at_least:float=None): # an agreement below this is a problem; when not given, 0.9 for 8 bits and more and 0.6 below
     "Compare a GGUF file with the model it came from; `problems` in the result says what is wrong, `ok` that nothing is."
     check_template(tok, "the original")
     conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     if not conversations: raise InputError("check needs at least one prompt.")
     with server(gguf_path, port=0) as url:
         found = _compare_text(url, tok, conversations)
-        places = []
-        if not found["tokens"]:
-            for turns in progress(conversations, desc="comparing", unit="prompt"):
-                ids = tok(tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
-                places += _choices(url, model, ids, max_tokens, top)
-    hits, n = sum(same for same, _ in places), len(places)
+        same, apart, rows = [], [], model.get_input_embeddings().weight.shape[0]
+        for turns in progress(conversations, desc="comparing", unit="prompt"):
+            ids = tok(tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
+            one, two = _choices(url, model, tok, ids, max_tokens, min(top, rows))
+            same += one; apart += two
+    (hits, n), size = (sum(same), len(same)), Path(gguf_path).stat().st_size
     low, high = _wilson(hits, n)
+    at_least = at_least or (0.9 if size > model.num_parameters() else 0.6)
     problems = [p for kind in found.values() for p in kind]
-    if n and hits / n < at_least: problems.append(f"the file chooses another next token than the original at {n - hits} of {n} places (agreement {hits/n:.2f}, expected at least {at_least})")
+    if high < at_least: problems.append(f"the file chooses another next token than the original at {n - hits} of {n} places (agreement {hits/n:.2f}, expected at least {at_least})")
     return dict(ok=not problems, problems=problems, **{k: not v for k, v in found.items()}, agreement=hits / n if n else None, n=n, low=low, high=high,
-                kl=sum(d for _, d in places) / n if n else None, prompts=len(conversations), bytes=Path(gguf_path).stat().st_size)
+                kl=sum(apart) / len(apart) if apart else None, prompts=len(conversations), bytes=size)
 
 # %% ../nbs/13_quantize.ipynb #46fe84ee
 def _stream(url, turns, max_tokens, temperature):

@@ -1,0 +1,352 @@
+"What the corpus chapter is the wrong place for: every broken file, properties on random text, real data where it is at hand."
+import base64, csv, io, json, os, random, zipfile
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from domain_llm import corpus
+from domain_llm.core import InputError
+from domain_llm.corpus import (build, clean, containment, covered, decode, decontaminate, hold_out, jaccard, near_duplicates, rank, read,
+                               report_text, shingles)
+
+SHARED = next((p / "shared" / "data" for p in Path(__file__).resolve().parents if (p / "shared" / "data").is_dir()), Path("/nowhere"))
+WORDS = [a + b + c for a in "bcdfglmnprst" for b in ("a", "e", "i", "o", "ou") for c in ("ck", "lt", "mber", "nd", "r", "ss", "tion", "ver")]
+HAN = "水闸压力阀门检修工人每天记录数据温度泵站设备安全规程标准钥匙班长通知系统网络密码学生历史地理海洋河流山脉城市农业工业经济发展政策法律文化教育科学技术"
+
+def english(rng, n): return " ".join(rng.choices(WORDS, k=n))
+def chinese(rng, n): return "".join(rng.choices(HAN, k=n))
+def row(text, kind="web", name=None, n=[0]):
+    n[0] += 1
+    return dict(text=text, source=name or f"{n[0]}.md", kind=kind, id=name or f"{n[0]}.md")
+
+def pdf(pages, path=None):
+    "A minimal PDF with one Helvetica line per text line."
+    objects = [b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Count %d/Kids[%s]>>" % (len(pages), b" ".join(b"%d 0 R" % (4 + 2 * i) for i in range(len(pages)))),
+               b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>"]
+    for i, lines in enumerate(pages):
+        show = b"BT /F1 11 Tf 14 TL 60 780 Td " + b" ".join(b"(%s) Tj T*" % l.replace("\\", "\\\\").replace("(", r"\(").replace(")", r"\)").encode("latin-1") for l in lines) + b" ET"
+        objects += [b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 595 842]/Resources<</Font<</F1 3 0 R>>>>/Contents %d 0 R>>" % (5 + 2 * i), b"<</Length %d>>stream\n%s\nendstream" % (len(show), show)]
+    out, at = b"%PDF-1.4\n", []
+    for i, o in enumerate(objects, 1): at.append(len(out)); out += b"%d 0 obj\n%s\nendobj\n" % (i, o)
+    out += b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1) + b"".join(b"%010d 00000 n \n" % a for a in at) + b"trailer<</Size %d/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % (len(objects) + 1, len(out))
+    if path: path.write_bytes(out)
+    return out
+
+def whys(skipped): return {s["file"]: s["why"] for s in skipped}
+
+# ---- reading
+
+def test_every_format_and_kind(tmp_path):
+    import docx
+    for d in ("standards", "handbook", "misc"): (tmp_path / d).mkdir()
+    (tmp_path / "standards/a.md").write_text("# Valve\n\n| a | b |\n|---|---|\n| 1 | 2 |\n")
+    pdf([["First page of the valve manual."], ["Second page."]], tmp_path / "handbook/b.PDF")
+    pdf([["A paper."]], tmp_path / "misc/p.pdf")
+    (tmp_path / "misc/c.html").write_text("<title>T</title><nav>Menu</nav><main><h2 id='cookies'>Cookies</h2><p>Main text<br>next <b>bold</b>.</p>"
+        "<table><tr><th>k</th><th>v</th></tr><tr><td>x</td><td>1 <i>bar</i></td></tr></table><ul><li>one</li><li>two</li></ul><pre>a\n  b</pre></main><footer>Foot</footer><script>var x</script>")
+    d = docx.Document(); d.add_heading("Title", 1); d.add_paragraph("Before."); t = d.add_table(1, 2); t.cell(0, 0).text, t.cell(0, 1).text = "k", "v"; d.add_paragraph("After.")
+    d.save(tmp_path / "e.docx")
+    (tmp_path / "misc/f.jsonl").write_text('{"text": "line one"}\n\nnot json\n{"txt": 1}\n[1]\n{"text": "line two", "kind": "news", "source": "wire"}\n')
+    (tmp_path / ".hidden.txt").write_text("no")
+    rows, skipped = read(tmp_path)
+    by = {r["id"]: r for r in rows}
+    assert {k: r["kind"] for k, r in by.items()} == {"e.docx": "book", "handbook/b.PDF": "book", "misc/c.html": "web", "misc/f.jsonl#1": "book", "misc/f.jsonl#6": "news", "misc/p.pdf": "paper", "standards/a.md": "standard"}
+    assert "| 1 | 2 |" in by["standards/a.md"]["text"] and by["misc/f.jsonl#6"]["source"] == "wire"
+    assert "valve manual" in by["handbook/b.PDF"]["text"] and by["handbook/b.PDF"]["text"].count("\f") == 2
+    page = by["misc/c.html"]["text"]
+    assert all(x in page for x in ("# Cookies", "Main text\nnext bold.", "| x | 1 bar |", "- one\n", "```\na\n  b\n```")) and not any(x in page for x in ("Menu", "Foot", "var x"))
+    assert [x for x in by["e.docx"]["text"].split("\n\n")] == ["# Title", "Before.", "| k | v |", "After."]
+    assert set(whys(skipped)) == {"misc/f.jsonl, line 3", "misc/f.jsonl, line 4", "misc/f.jsonl, line 5"}
+
+@pytest.mark.parametrize("name, raw, why", [
+    ("a.pdf", b"%PDF-1.4\nnothing", "broken PDF"), ("a.pdf", b"", "empty file"), ("a.pdf", pdf([[""]]), "no text in its 1 pages"), ("a.docx", b"PK\3\4 broken", "broken DOCX"),
+    ("a.docx", b"not a zip", "broken DOCX"), ("a.xyz", b"text", "unknown file type .xyz"), ("noext", b"text", "unknown file type"), ("a.doc", b"x", ".docx"),
+    ("a.txt", b"abc\0\1\2", "binary"), ("a.txt", b"text".ljust(9).decode().encode("utf-16-le"), "UTF-8"), ("a.md", b" \n\t", "empty file"),
+    ("a.txt", base64.b64encode(bytes(900_000)), "without a space"), ("a.html", b"<html><script>x</script></html>", "no text"), ("a.jsonl", b"\n\n", "empty")])
+def test_bad_file_is_named_and_the_run_goes_on(tmp_path, name, raw, why):
+    (tmp_path / name).write_bytes(raw)
+    (tmp_path / "good.txt").write_text("A good document.")
+    rows, skipped = read(tmp_path)
+    assert rows["id"] == ["good.txt"] and len(skipped) == 1 and skipped[0]["file"] == name and why in skipped[0]["why"], skipped
+
+def test_encrypted_pdf(tmp_path):
+    pypdf = pytest.importorskip("pypdf")
+    w = pypdf.PdfWriter(io.BytesIO(pdf([["secret"]]))); w.encrypt("x", algorithm="RC4-40"); w.write(tmp_path / "a.pdf")
+    (tmp_path / "good.txt").write_text("A good document.")
+    assert "password" in whys(read(tmp_path)[1])["a.pdf"]
+
+def test_large_unreadable_and_vanished(tmp_path):
+    with open(tmp_path / "big.txt", "wb") as f: f.truncate(corpus.MAX_BYTES + 1)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "gone.txt")
+    (tmp_path / "locked.txt").write_text("x"); (tmp_path / "locked.txt").chmod(0)
+    (tmp_path / "good.txt").write_text("A good document.")
+    skipped = whys(read(tmp_path)[1])
+    assert "200 MB" in skipped["big.txt"] and "No such file" in skipped["link.txt"]
+    if os.geteuid(): assert "permission" in skipped["locked.txt"]
+
+def test_permission(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x"); (tmp_path / "b.txt").write_text("fine")
+    real = Path.read_bytes
+    def refuse(p):
+        if p.name == "a.txt": raise PermissionError(13, "Permission denied")
+        return real(p)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert "permission" in whys(read(tmp_path)[1])["a.txt"]
+
+def test_zip_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "MAX_BYTES", 1 << 20)
+    with zipfile.ZipFile(tmp_path / "a.docx", "w", zipfile.ZIP_DEFLATED) as z: z.writestr("word/document.xml", b"0" * (2 << 20))
+    (tmp_path / "good.txt").write_text("A good document.")
+    assert "unpacks to more" in whys(read(tmp_path)[1])["a.docx"]
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(InputError, match="It is empty"): read(tmp_path)
+    (tmp_path / "a.xyz").write_text("x")
+    with pytest.raises(InputError, match="a.xyz: unknown file type"): read(tmp_path)
+    with pytest.raises(InputError, match="no such file or folder"): read(tmp_path / "missing")
+    with pytest.raises(InputError, match="no such file or folder"): read("missing.txt")
+    with pytest.raises(InputError, match="kind 'blog' is not known"): read(tmp_path, kind="blog")
+
+def test_many_bad_lines_are_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text("x\n" * 500 + '{"text": "fine"}\n')
+    rows, skipped = read(tmp_path)
+    assert rows["id"] == ["a.jsonl#501"] and len(skipped) == 21 and skipped[-1]["why"] == "480 more faulty lines"
+
+def test_data_sets(tmp_path, monkeypatch):
+    import datasets
+    ds = datasets.Dataset.from_list([dict(text="one"), dict(text="two")])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: ds)
+    assert read("owner/name", kind="news")[0]["id"] == ["owner/name#0", "owner/name#1"]
+    assert set(read(ds, kind="news")[0]["kind"]) == {"news"}
+    ds.save_to_disk(tmp_path / "saved")
+    assert len(read(tmp_path / "saved")[0]) == 2
+    with pytest.raises(InputError, match="no column"): read(ds.rename_column("text", "body"))
+    def fail(name, split): raise ConnectionError("no network")
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(InputError, match="no network"): read("owner/name")
+
+def test_several_sources_keep_ids_apart(tmp_path):
+    for d in "xy": (tmp_path / d).mkdir(); (tmp_path / d / "a.txt").write_text(d)
+    assert read([tmp_path / "x", tmp_path / "y"])[0]["id"] == ["x/a.txt", "y/a.txt"]
+    assert read([tmp_path / "x/a.txt", tmp_path / "y/a.txt"])[0]["id"] == ["a.txt", "a.txt~2"]
+
+def test_many_processes_give_the_same(tmp_path, monkeypatch):
+    for i in range(30): (tmp_path / f"{i:02d}.html").write_text(f"<p>Document number {i}</p>")
+    alone = read(tmp_path)[0].to_list()
+    monkeypatch.setattr(os.path, "getsize", lambda p: 10**7)
+    assert read(tmp_path)[0].to_list() == alone
+
+ZH = "水闸的安全压力不得超过四巴，检修工人必须每三十天检查一次阀门，并把钥匙交给值班的班长。本标准适用于所有的泵站和管道系统。"
+
+@pytest.mark.parametrize("text, encoding", [("Größe – naïve café, élan", "cp1252"), ("Größe", "utf-8-sig"), ("Größe 水闸", "utf-16"), (ZH, "gb18030"), (ZH, "gbk"), (ZH, "utf-8"), (ZH, "utf-16"),
+    ("Überdruckventil: Größe 4 prüfen, für öffentliche Häfen", "latin-1"), ("Le clapet a été vérifié à l'arrêt après cinq élèves émus", "cp1252"), ("Le clapet 水闸", "utf-8")])
+def test_encodings(text, encoding): assert decode(text.encode(encoding)) == text
+
+def test_one_bad_byte_in_utf8(): assert decode(("naïve café, élan vital, Größe " * 3).encode() + b"\xe9 end") == "naïve café, élan vital, Größe " * 3 + " end"
+
+# ---- cleaning
+
+@pytest.mark.parametrize("raw, want", [
+    ("a  b\tc. \n\n\n\nd.  E.  F", "a b c.\n\nd. E. F"), ("Pump   P7   4 bar", "Pump   P7   4 bar"), ("e\u0301", "é"), ("ze\u00adro", "zero"), ("inter\u00ad\nnational", "international"), ("a\u200bb\ufeffc\x07", "abc"), ("a\u00a0b", "a b"),
+    ("We use cookies to improve your visit. Accept all\nThe valve opens.\n© 2024 Valve Ltd. All rights reserved.", "The valve opens."),
+    ("Home | Products | Contact us\nText.", "Text."), ("Home > Pumps > P7\nText.", "Text."), ("Skip to main content\nText.", "Text."), ("本网站使用Cookie。\n正文。", "正文。"),
+    ("Session cookies must carry the Secure flag.", "Session cookies must carry the Secure flag."), ("Contact the supervisor.", "Contact the supervisor."),
+    ("| a   | b |\n|-----|---|", "| a   | b |\n|-----|---|"), ("```py\nx  =  1\n\n\n\ny\n```", "```py\nx  =  1\n\n\n\ny\n```"), ("    code  here", "    code  here"),
+    ("压力，不得超过4巴。\n　　第二段", "压力，不得超过4巴。\n　　第二段"), ("The valve-\nhead and the valvehead.", "The valvehead and the valvehead."), ("a well-\nknown fact", "a well-\nknown fact")])
+def test_clean(raw, want): assert clean(raw) == want and clean(want) == want
+
+def test_clean_pages():
+    rng = random.Random(0)
+    body = ["The relief valve opens at four bar and must be in-", "spected every thirty days by a fitter who is quali-", "fied for pressure vessels. A well-known case shows it.", "A well-", "known case is the second lock."]
+    pages = "".join("\r\n".join(["Manual of the lock   Rev. 3", *[f"{english(rng, 9)}." for _ in range(3)], *body, *[f"{english(rng, 9)}." for _ in range(3)], f"Page {i} of 12"]) + "\f" for i in range(1, 13))
+    text = clean(pages)
+    assert "Manual of the lock" not in text and "Page" not in text and "inspected every thirty days by a fitter who is qualified for" in text and "well-known case is" in text
+    assert clean(text) == text
+    zh = clean("水闸的安全压力不得超过四巴，检修工人\n必须每三十天检查一次阀门。\n12\f")
+    assert zh == "水闸的安全压力不得超过四巴，检修工人必须每三十天检查一次阀门。"
+
+def test_clean_is_idempotent_on_random_text():
+    rng = random.Random(1)
+    bits = ["valve", "valve-", "\n", "\n\n\n", "  ", "\t", "```", "```\n", "~~~\n", "\u00ad", "\u00ad\n", "\u2011\n", "Home | News | Contact", "We use cookies.", "12", "\f", "\r\n", "\u2028", "e\u0301", "\u200b", "| a |", "    x", "阀门", "，", "valvehead", "head", ".", "- ", "\ufffe\n", "\x02\r\n", "iv"]
+    for _ in range(3000):
+        raw = "".join(rng.choices(bits, k=rng.randint(1, 25)))
+        once = clean(raw)
+        assert clean(once) == once, repr(raw)
+
+# ---- duplicates
+
+def corpus_with_copies(rng, make, n, size, cut=40):
+    docs = [make(rng, size) for _ in range(n)]
+    for i in range(n // 2):
+        parts = docs[i].split() if " " in docs[i] else list(docs[i])
+        for _ in range(rng.randint(0, size // cut)): parts[rng.randrange(len(parts))] = make(rng, 1)
+        docs.append((" " if " " in docs[i] else "").join(parts))
+    return docs
+
+@pytest.mark.parametrize("make, size", [(english, 120), (chinese, 300)])
+@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9])
+def test_near_duplicates_against_brute_force(make, size, threshold):
+    docs = corpus_with_copies(random.Random(2), make, 120, size)
+    sets = [shingles(d) for d in docs]
+    brute = {(i, j): s for i, j in combinations(range(len(docs)), 2) if (s := jaccard(sets[i], sets[j])) >= threshold}
+    found = near_duplicates(docs, threshold)
+    assert len(brute) > 10 and all(brute.get((i, j)) == s for i, j, s in found) # nothing invented, true similarity
+    assert len(found) >= 0.98 * len(brute)
+
+def test_shingles_ignore_layout_and_work_in_chinese():
+    assert np.array_equal(shingles("The relief valve, opens at 4 bar!" * 3), shingles("THE RELIEF\nVALVE opens   at 4 **bar**" * 3))
+    assert jaccard(shingles(ZH), shingles(ZH.replace("，", " "))) == 1 and containment(shingles(ZH[:40]), shingles(ZH)) == 1
+    assert len(shingles("")) == 0 and len(shingles("short")) == 1 and near_duplicates(["", "", "..", "ab", "ab"]) == [(3, 4, 1.0)]
+    assert near_duplicates([]) == [] and near_duplicates(["one"]) == []
+    with pytest.raises(InputError, match="threshold"): near_duplicates(["a"], 0)
+
+def test_a_crowded_bucket_stays_linear():
+    assert 19_000 < len(near_duplicates([english(random.Random(0), 60)] * 3000)) < 64 * 3000
+
+def test_priority_and_order_do_not_matter():
+    rng = random.Random(3)
+    base = [english(rng, 100) for _ in range(8)]
+    rows = [row(t, k, f"{k}/{i}.{e}") for i, t in enumerate(base) for k, e in (("web", "html"), ("book", "md"), ("standard", "pdf"), ("standard", "md"))]
+    rows += [row(base[0] + " " + base[1], "web", "web/long.html"), row(english(rng, 90), "news", "news/new.txt")]
+    kept = []
+    for seed in range(4):
+        random.Random(seed).shuffle(rows)
+        ordered = sorted(rows, key=rank)
+        away = {c["index"] for c in covered(ordered)}
+        kept.append(sorted(r["id"] for i, r in enumerate(ordered) if i not in away))
+    assert kept == [sorted([f"standard/{i}.md" for i in range(8)] + ["news/new.txt"])] * 4
+
+def test_covered_names_the_parts_of_a_whole():
+    rng = random.Random(4)
+    parts = [english(rng, 150) for _ in range(12)]
+    rows = sorted([row(p, "standard", f"s/{i}.md") for i, p in enumerate(parts)] + [row("\n".join(parts) + english(rng, 100), "standard", "s/all.pdf")], key=rank)
+    found, = covered(rows)
+    assert rows[found["index"]]["id"] == "s/all.pdf" and len(found["by"]) == 12 and 0.9 < found["share"] < 0.97
+    assert near_duplicates([r["text"] for r in rows]) == []  # no pair is similar: only coverage sees it
+
+def test_stock_phrases_do_not_add_up():
+    rng = random.Random(5)
+    phrases = [english(rng, 9) for _ in range(150)]
+    rows = [row(" ".join(english(rng, 60) + " " + p for p in rng.sample(phrases, 3)), "book") for _ in range(400)]
+    rows.append(row(" ".join(rng.sample(phrases, 40)), "web"))
+    assert not [c for c in covered(rows) if c["index"] == 400]
+
+def test_scaled_sketches(monkeypatch):
+    docs = corpus_with_copies(random.Random(6), english, 40, 400)
+    exact = {p[:2] for p in near_duplicates(docs, 0.6)}
+    monkeypatch.setattr(corpus, "_scale", lambda texts: 4)
+    assert len({p[:2] for p in near_duplicates(docs, 0.6)} ^ exact) <= 4
+
+# ---- decontamination
+
+def questions(rng, make, n, size): return [dict(question=make(rng, size) + "?", choices=[make(rng, 3) for _ in range(4)], answer=rng.randrange(4), group="g") for _ in range(n)]
+
+@pytest.mark.parametrize("make, size, doc", [(english, 9, 120), (english, 30, 120), (chinese, 14, 300), (chinese, 60, 300)])
+def test_planted_leaks(make, size, doc):
+    rng = random.Random(7)
+    qs = questions(rng, make, 60, size)
+    rows = [row(make(rng, doc) + "\n\n" + make(rng, doc)) for _ in range(150)]
+    leaks = {}
+    for i, q in enumerate(qs[:30]):
+        quote = q["question"] if i % 3 else q["question"].replace("?", "") + " " + q["choices"][q["answer"]]
+        rows[i]["text"] = rows[i]["text"].replace("\n\n", f"\n\nSomebody asked: {quote.upper() if i % 2 else quote}\n\n")
+        leaks[rows[i]["id"]] = quote
+    kept, dropped = decontaminate(rows, qs)
+    assert {d["id"] for d in dropped} == set(leaks) and {d["reason"] for d in dropped} == {"leak removed"} and len(kept) == 150
+    assert decontaminate(kept, qs)[1] == []
+    clean_text = {r["id"]: r["text"] for r in kept}
+    assert all(len(clean_text[r["id"]]) > 2 * doc and "asked" not in clean_text[r["id"]] for r in rows[:30])
+
+def test_what_counts_as_a_leak():
+    q = dict(question="Which colour does the lockout tag of the Swift 56 carry?", choices=["red", "blue"], answer=1)
+    zh = dict(question="水闸安全阀门的压力不得超过多少巴", choices=["三", "四"], answer=1)
+    leak = lambda text, *qs: [d["reason"] for d in decontaminate([row(text)], qs)[1]]
+    filler = english(random.Random(8), 60)
+    assert leak("Which colour does the lockout tag of the Swift 56 carry?", q) == ["leak"]
+    assert leak(f"{filler}\n\nQ: which colour does the LOCKOUT tag of the Swift 56 carry\nAnswer: blue\n\n{filler}", q) == ["leak removed"]
+    assert leak(f"{filler}\n\nThe lockout tag of the Swift 56 is blue.\n\n{filler}", q) == [] # a fact is no leak
+    assert leak(f"{ZH}\n\n问：水闸安全阀门的压力，不得超过多少巴？\n答：四\n\n{ZH * 3}", zh) == ["leak removed"] and leak(ZH * 3, zh) == []
+    assert leak("What is a valve?", "What is a valve?") == [] # five words or fewer say nothing
+    kept, _ = decontaminate([row(f"{filler}\n\nQ: which colour does the lockout tag of the Swift 56 carry\nAnswer: blue\n\n{filler}")], [q])
+    assert kept[0]["text"] == f"{filler}\n\n{filler}"
+    many = [dict(question=f"Read the text about the old harbour and then choose the one best answer to this: {english(random.Random(100 + i), 8)}?") for i in range(30)]
+    assert leak("Read the text about the old harbour and then choose the one best answer to this: " + filler, *many) == [] # a form of words
+    with pytest.raises(InputError, match="has no text under"): decontaminate([row("x")], [dict(q="x")])
+
+def test_no_false_positives():
+    rng = random.Random(9)
+    qs = questions(rng, english, 300, 12) + questions(rng, chinese, 300, 16)
+    rows = [row(english(rng, 300)) for _ in range(300)] + [row(chinese(rng, 600)) for _ in range(300)]
+    kept, dropped = decontaminate(rows, qs)
+    assert dropped == [] and len(kept) == 600 and list(kept["text"]) == [r["text"] for r in rows]
+
+# ---- everything together
+
+def test_build_on_the_demo(tmp_path):
+    demo = pytest.importorskip("domain_llm.demo")
+    for seed, entities in ((0, 20), (1, 40)):
+        files = demo.write(tmp_path / f"d{seed}", seed, entities)
+        (Path(files["docs"]) / "web" / "broken.pdf").write_bytes(b"%PDF-1.4")
+        truth = json.loads(Path(files["truth"]).read_text())
+        made = build(files["docs"], demo.make(seed, entities)["mcq"])
+        report, short = made["report"], lambda f: f.removeprefix("docs/")
+        copies, leaks = {short(b) for _, b in truth["duplicates"]}, {short(l["file"]) for l in truth["leaks"]}
+        assert copies <= {c["id"] for c in report["covered"]}
+        assert not {c["id"] for c in report["covered"]} & {d["source"] for d in made["rows"]}
+        assert not [c for c in report["covered"] if c["id"].startswith(("standard", "book"))]
+        hit = {l["id"] for l in report["leaks"]}
+        assert len(hit & leaks) >= 0.95 * len(leaks - {c["id"] for c in report["covered"]}) and len(hit & leaks) >= 0.95 * len(hit)
+        text = report_text(report)
+        assert "1 file skipped" in text and "broken PDF" in text and "leak" in text
+        json.dumps(report)
+
+def test_build_is_deterministic_and_counts_everything(tmp_path):
+    rng = random.Random(10)
+    (tmp_path / "web").mkdir(); (tmp_path / "standard").mkdir()
+    docs = [english(rng, 80) for _ in range(6)]
+    for i, d in enumerate(docs): (tmp_path / "standard" / f"{i}.md").write_text(d)
+    (tmp_path / "web/twin.html").write_text(f"<p>{docs[0].upper()}</p>"); (tmp_path / "web/near.txt").write_text(docs[1] + " and a tail"); (tmp_path / "web/short.txt").write_text("tiny")
+    (tmp_path / "web/zh.txt").write_text(ZH + chinese(rng, 60))
+    a, b = build(tmp_path), build(tmp_path)
+    assert a["rows"].to_list() == b["rows"].to_list()
+    assert a["report"]["dropped"] == {"too short": 1, "exact duplicate": 1, "near-duplicate": 1} and len(a["rows"]) == 7
+    assert [s["documents"] for s in a["report"]["steps"]] == [10, 10, 9, 8, 7, 7] and a["report"]["examples"]["exact duplicate"][0]["by"] == [("standard/0.md", 1.0)]
+    assert all(s["documents"] == sum(k["documents"] for k in s["kinds"].values()) for s in a["report"]["steps"])
+    with pytest.raises(InputError, match="no document is left: 10 too short"): build(tmp_path, min_chars=10**6)
+    with pytest.raises(InputError, match="threshold"): build(tmp_path, threshold=2)
+
+def test_hold_out():
+    rng = random.Random(11)
+    rows = [row(english(rng, 20), k, f"{k}{i}") for k, n in (("standard", 40), ("web", 100), ("news", 1)) for i in range(n)]
+    train, held = hold_out(rows, 0.1, seed=1)
+    ids = set(train["id"]), set(held["id"])
+    assert not ids[0] & ids[1] and ids[0] | ids[1] == {r["id"] for r in rows}
+    assert [sum(r["kind"] == k for r in held) for k in ("standard", "web", "news")] == [4, 10, 0]
+    assert set(hold_out(rows[::-1], 0.1, seed=1)[1]["id"]) == ids[1] != set(hold_out(rows, 0.1, seed=2)[1]["id"])
+    assert len(hold_out(rows[:2])[1]) == 1 and len(hold_out([row("a", "web"), row("b", "news")])[1]) == 1
+    for bad in (dict(share=0), dict(share=1)):
+        with pytest.raises(InputError, match="share"): hold_out(rows, **bad)
+    with pytest.raises(InputError, match="at least 2"): hold_out(rows[:1])
+
+# ---- real data, where it is
+
+@pytest.mark.skipif(not (SHARED / "security/standard").is_dir(), reason="needs shared/data")
+def test_pdf_repeats_the_chapters():
+    made = build(SHARED / "security/standard")
+    found, = [c for c in made["report"]["covered"] if c["id"].endswith(".pdf")]
+    assert found["share"] > 0.85 and len(found["by"]) >= 20 and len(made["report"]["covered"]) == 1
+
+@pytest.mark.skipif(not (SHARED / "mcq/cmmlu").is_dir(), reason="needs shared/data")
+def test_chinese_questions():
+    qs = [dict(question=r["Question"], choices=[r[c] for c in "ABCD"], answer="ABCD".index(r["Answer"])) for f in sorted((SHARED / "mcq/cmmlu").glob("*_test.csv")) for r in csv.DictReader(open(f, encoding="utf-8-sig"))]
+    rng = random.Random(12)
+    long = [q for q in qs if len(q["question"]) >= 14][:200]
+    rows = [row(chinese(rng, 200) + "\n\n" + (f"考题：{q['question']}\n答案：{q['choices'][q['answer']]}" if i % 2 else chinese(rng, 60)) + "\n\n" + chinese(rng, 200)) for i, q in enumerate(long)]
+    _, dropped = decontaminate(rows, qs)
+    assert [d["id"] for d in dropped] == [r["id"] for r in rows[1::2]]
+    if (f := SHARED / "general/alpaca_zh_demo.json").exists():
+        general = [row(x["instruction"] + "\n" + x["output"], "general") for x in json.loads(f.read_text(encoding="utf-8"))]
+        assert len(decontaminate(general, qs)[1]) <= 2
+        assert len(near_duplicates([r["text"] for r in general])) < 20
