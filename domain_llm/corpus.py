@@ -104,9 +104,10 @@ def _html(path, raw):
     try: soup = BeautifulSoup(page, "lxml")
     except Exception as e: raise _Skip(f"broken HTML: {e}") from None
     title = soup.title.get_text(" ", strip=True) if soup.title else ""
-    root = soup.find("main") or soup.find(attrs={"role": "main"}) or soup.find("article") or soup.body or soup
+    root = soup.find("main") or soup.find(attrs={"role": "main"}) or (soup.article if len(soup.find_all("article", limit=2)) == 1 else None) or soup.body or soup
     return _page_text(root, title)
 
+# %% ../nbs/03_corpus.ipynb #88d64b0f
 def _page_text(root, title):
     "Text of the element `root`, block by block."
     from bs4 import Comment
@@ -118,7 +119,7 @@ def _page_text(root, title):
         for t in root.find_all("header"): t.replace_with(*t.find_all("h1")) if t.find("h1") else t.decompose()
     for s in root.find_all(string=True):
         if isinstance(s, Comment): s.extract()
-        elif not s.find_parent("pre"): s.replace_with(re.sub(r"\s+", " ", s))
+        elif re.search(r"\s\s|[^\S ]", s) and not s.find_parent("pre"): s.replace_with(re.sub(r"\s+", " ", s))
     for t in root.find_all("pre"): t.replace_with("\n\n```\n" + t.get_text().strip("\n") + "\n```\n\n")
     for t in root.find_all("br"): t.replace_with("\n")
     for t in reversed(root.find_all("table")): t.replace_with("\n\n" + _cells([[c.get_text(" ") for c in r.find_all(["td", "th"])] or [""] for r in t.find_all("tr")]) + "\n\n")
@@ -135,11 +136,11 @@ _READERS = {".pdf": _pdf, ".docx": _docx, **dict.fromkeys((".html", ".htm", ".xh
 _LINES = (".jsonl", ".ndjson")
 
 def _check(text):
-    "Refuse what is no text; give it without NUL characters."
+    "Refuse what is no text; give it without NUL characters and halves of surrogate pairs."
     longest = max(map(len, text.split()), default=0)
     if longest > MAX_RUN and max(map(len, re.split(rf"[{_CJK}\u3000-\u303f\uff00-\uffef]+", text))) > MAX_RUN:
         raise _Skip(f"a run of {longest:,} characters without a space (encoded data?)")
-    return text.replace("\0", "")
+    return re.sub("[\0\ud800-\udfff]", "", text)
 
 def _rows(raw):
     "Rows and faults of a JSON Lines file: (line number, row or None, why)."
@@ -172,8 +173,10 @@ def _read_file(job): # (path, name, kind or None)
     except (RecursionError, MemoryError) as e: why = f"too deep or too large ({type(e).__name__})"
     return [], [dict(file=name, why=why)]
 
+# %% ../nbs/03_corpus.ipynb #99809a8f
 _HINTS = {".doc": ": save it as .docx", ".json": ": write one object per line, as .jsonl", ".csv": ": turn its rows into .jsonl", ".xlsx": ": export it as .html or .md", ".pptx": ": export it as .pdf"}
 
+# %% ../nbs/03_corpus.ipynb #b588f680
 def _read_lines(raw, name, kind):
     "Rows of a JSON Lines file; the first 20 faulty lines by number, the rest as a count."
     rows, bad = [], []
@@ -243,7 +246,7 @@ def _map_files(jobs):
         return list(progress(pool.map(_read_file, jobs, chunksize=8), total=len(jobs), desc="reading", unit="file"))
 
 # %% ../nbs/03_corpus.ipynb #54aa51b1
-def read(source, # a folder (searched recursively), a file, a data set id or Dataset with a column "text", or a list of those
+def read(source, # a folder (searched recursively), a file, a data set id, a Dataset or rows with "text", or a list of those
          kind:str=None, # kind for documents whose folder does not say: standard, book, paper, web, news or general
          min_chars:int=1): # shorter documents are left out, and named
     """Read documents: gives (Dataset of text, source, kind, id; list of {"file", "why"} that were skipped).
@@ -255,6 +258,7 @@ def read(source, # a folder (searched recursively), a file, a data set id or Dat
     if kind is not None and kind not in _FOLDERS: raise InputError(f"kind {kind!r} is not known: use one of {', '.join(KINDS)}.")
     kind = _FOLDERS.get(kind)
     sources = [source] if isinstance(source, (str, os.PathLike, datasets.Dataset)) else list(source)
+    if sources and all(isinstance(s, dict) for s in sources): sources = [datasets.Dataset.from_list(sources)]
     ready = [s for s in sources if isinstance(s, datasets.Dataset)]
     jobs, remote = _jobs([s for s in sources if not isinstance(s, datasets.Dataset)])
     rows, skipped = [], []
@@ -319,18 +323,19 @@ def _pages(text):
     def keep(p, k): return not (min(k, len(p) - 1 - k) < 3 and (often[mask(p[k])] >= least or min(k, len(p) - 1 - k) == 0 and number.fullmatch(p[k])))
     return _unwrap([l for p in pages for k, l in enumerate(p) if keep(p, k)])
 
+# %% ../nbs/03_corpus.ipynb #9437d96b
 def _unwrap(lines):
     "Join printed lines into paragraphs: a full line goes on unless the next one starts an item."
     if not lines: return ""
     width = sorted(map(len, lines))[int(0.9 * (len(lines) - 1))]
     words = _vocabulary("\n".join(lines))
-    out = lines[:1]
+    out = [lines[:1]] # paragraphs as lists of lines
     for a, b in zip(lines, lines[1:]):
         item = re.match(r"[-*•◦▪#|]|\(?\d+[.)]|\(?[a-z]\)|第[\d一二三四五六七八九十百]+[章节条]|\d+(?:\.\d+)+\s", b)
         ended = re.search(r"[.!?:;。！？：；]['\"”’)]?$", a)
-        if item or not (len(a) >= 0.75 * width and not (ended and b[:1].isupper() and len(a) < 0.9 * width) or b[:1].islower()): out.append(b)
-        else: out[-1] = _join(out[-1], b, words)
-    return "\n".join(out)
+        if item or not (len(a) >= 0.75 * width and not (ended and b[:1].isupper() and len(a) < 0.9 * width) or b[:1].islower()): out.append([b])
+        else: out[-1][-1:] = [_end(out[-1][-1], b, words), b]
+    return "\n".join("".join(p) for p in out)
 
 # %% ../nbs/03_corpus.ipynb #faaec17c
 _HYPHEN = "-\u2010\u2011"
@@ -339,13 +344,13 @@ def _vocabulary(text):
     "Words of a text, with and without inner hyphens, in lower case."
     return set(re.findall(rf"[^\W\d_]+(?:[-\u2010\u2011][^\W\d_]+)*", text.lower()))
 
-def _join(a, b, words):
-    "Two printed lines as one: a hyphen at the break goes unless the text itself writes the word with one."
-    if re.search(rf"[{_CJK}，。、；：？！）》”]$", a) and re.match(rf"[{_CJK}（《“]", b): return a + b
-    m, n = re.search(rf"([^\W\d_]+(?:[-\u2010\u2011][^\W\d_]+)*)([{_HYPHEN}])$", a), re.match(r"[^\W\d_]+", b)
-    if not m or not n: return a + " " + b
-    if n[0][0].isupper() or {m[1].lower() + h + n[0].lower() for h in "-\u2010\u2011"} & words: return a + b
-    return a[:-1] + b
+def _end(a, b, words):
+    "The line `a` with what stands between it and `b`: a hyphen at the break goes unless the text itself writes the word with one."
+    if re.search(rf"[{_CJK}，。、；：？！）》”]$", a[-1:]) and re.match(rf"[{_CJK}（《“]", b): return a
+    m, n = re.search(rf"([^\W\d_]+(?:[-\u2010\u2011][^\W\d_]+)*)([{_HYPHEN}])$", a[-60:]), re.match(r"[^\W\d_]+", b)
+    if not m or not n: return a + " "
+    if n[0][0].isupper() or {m[1].lower() + h + n[0].lower() for h in _HYPHEN} & words: return a
+    return a[:-1]
 
 def _soft(text):
     "Words broken at a hyphen become whole where the text has the whole word elsewhere."
@@ -399,6 +404,7 @@ def _roll(b, # bytes as a uint8 array
     out ^= out >> np.uint64(31); out *= np.uint64(0xBF58476D1CE4E5B9); out ^= out >> np.uint64(29)
     return out
 
+# %% ../nbs/03_corpus.ipynb #f1c9c6df
 def _sketches(texts, n=SHINGLE, scale=1):
     "For each text the sorted hashes of its shingles, one in `scale` of them (Broder 1997; the sampling is that of sourmash's FracMinHash)."
     out = []
@@ -465,6 +471,7 @@ def _candidates(sig, r, most=64):
     pairs = np.unique(np.concatenate(pairs)) if pairs else np.zeros(0, np.int64)
     return np.stack([pairs // n, pairs % n], 1) if n else pairs.reshape(0, 2)
 
+# %% ../nbs/03_corpus.ipynb #8b82bdab
 def near_duplicates(texts, # list of str
                     threshold:float=0.7): # Jaccard similarity of shingles from which a pair counts
     """Pairs (i, j, similarity) of similar documents, the most similar first, without comparing all pairs.
@@ -487,6 +494,7 @@ def rank(row): # a document row
     kind = _FOLDERS.get(row["kind"], row["kind"])
     return (KINDS.index(kind) if kind in KINDS else len(KINDS), row["source"].lower().endswith(".pdf"), -len(row["text"]), row["id"], row["text"])
 
+# %% ../nbs/03_corpus.ipynb #95b87470
 def covered(rows, # document rows, the ones to prefer first
             threshold:float=0.7): # share of a document's shingles seen before from which it is dropped
     """Which documents say little that is new: a list of {"index", "share", "by": [(index, share), ...]}.
@@ -507,6 +515,7 @@ def covered(rows, # document rows, the ones to prefer first
         owner[mine[seen < 0]] = i
     return out
 
+# %% ../nbs/03_corpus.ipynb #c8e73f78
 def _by(s, sets, owners, most=200):
     "Share of the shingles `s` that stand in the documents which share enough with it, and their own shares, largest first."
     order = np.argsort(-owners[1], kind="stable")[:most]
@@ -569,6 +578,7 @@ def _paragraphs(text):
         out += lines if item * 2 >= sum(bool(l.strip()) for l in lines) else [block]
     return out
 
+# %% ../nbs/03_corpus.ipynb #4a35253a
 def _without(text, spans):
     "The text without the paragraphs that hold `spans` (in letters), nor the answer that follows one."
     parts = _paragraphs(text)
@@ -628,6 +638,7 @@ def _totals(rows, step):
 
 def _excerpt(text): return " ".join(text[:400].split())[:160]
 
+# %% ../nbs/03_corpus.ipynb #c1ae1e31
 def build(sources, # what `read` takes: a folder, a file, a data set, or a list of them
           questions=(), # rows of every evaluation set that training must not see
           threshold:float=0.7, # share of a document's shingles that other documents hold already, from which it goes
@@ -689,6 +700,7 @@ def _examples(lost, leaks, most=5):
     for x in leaks: out.setdefault(x["reason"], []).append(x)
     return {k: v[:most] for k, v in out.items()}
 
+# %% ../nbs/03_corpus.ipynb #c3d2b487
 def report_text(report): # the report of `build`
     "The report as a short table for a terminal."
     kinds = sorted({k for s in report["steps"] for k in s["kinds"]}, key=lambda k: (KINDS.index(k) if k in KINDS else 9, k))
@@ -696,7 +708,9 @@ def report_text(report): # the report of `build`
     for s in report["steps"]: out.append(f"{s['step']:<12}{s['documents']:>10,}{s['bytes'] / 1000:>10,.0f}  " + "".join(f"{s['kinds'].get(k, {}).get('documents', 0):>10,}" for k in kinds))
     out += [f"{v:,} document{'s' * (v != 1)}: {k}" for k, v in report["dropped"].items()]
     bad = report["skipped"]
-    if bad: out += [f"{len(bad):,} file{'s' * (len(bad) != 1)} skipped"] + [f"  {b['file']}: {b['why']}" for b in bad[:10]] + [f"  and {len(bad) - 10} more"] * (len(bad) > 10)
+    lines = sum(", line " in b["file"] for b in bad)
+    what = [f"{n:,} {w}{'s' * (n != 1)}" for n, w in ((len(bad) - lines, "file"), (lines, "line")) if n]
+    if bad: out += [" and ".join(what) + " skipped"] + [f"  {b['file']}: {b['why']}" for b in bad[:10]] + [f"  and {len(bad) - 10} more"] * (len(bad) > 10)
     return "\n".join(out)
 
 # %% ../nbs/03_corpus.ipynb #b48d66b7

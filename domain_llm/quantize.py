@@ -264,12 +264,13 @@ def _gguf_file(path):
 
 def _free_port(host, port):
     "Raise InputError unless the port can be opened."
+    if not 0 <= port <= 65535: raise InputError(f"port {port} does not exist. Choose one from 1024 to 65535, for example --port 8080.")
     try: family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, OverflowError) as e: raise InputError(f"'{host}' with port {port} is no address of this machine: {e}. Use 127.0.0.1 and a port from 1024 to 65535.") from e
+    except OSError as e: raise InputError(f"the host '{host}' is no address: {e.strerror or e}. Use 127.0.0.1.") from e
     with socket.socket(family, kind, proto) as s:
         if os.name == "posix": s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind(address)
-        except (OSError, OverflowError) as e: raise InputError(f"port {port} on {host} cannot be opened ({getattr(e, 'strerror', None) or e}). Stop the program that uses it or choose another: --port {port + 1 if port < 65535 else 8081}.") from e
+        except OSError as e: raise InputError(f"port {port} on {host} cannot be opened ({e.strerror or e}). Stop the program that uses it or choose another: --port {port + 1 if port < 65535 else 8081}.") from e
 
 # %% ../nbs/13_quantize.ipynb #ee91852b
 def _threads():
@@ -283,24 +284,12 @@ def _start(path, host, port, context, slots):
     p = xllamacpp.CommonParams()
     p.model.path, p.hostnames, p.port = str(path), [host], port
     p.n_ctx, p.n_parallel, p.verbosity, p.warmup = context * slots, slots, -1, False
+    p.endpoint_slots = True
     p.cpuparams.n_threads = p.cpuparams_batch.n_threads = _threads()
     try: return xllamacpp.Server(p)
     except RuntimeError as e:
         raise InputError(f"llama.cpp cannot load {path} ({path.stat().st_size/1e9:.2f} GB): the file is incomplete or damaged, its architecture is unknown to "
                          "the installed xllamacpp, or memory is short. Export it again, or update xllamacpp.") from e
-
-@contextmanager
-def server(gguf_path, # a .gguf file
-           host:str="127.0.0.1", # address to listen on; 0.0.0.0 opens it to the network, without a password
-           port:int=8080, # port to listen on; 0 takes a free one
-           context:int=4096, # longest conversation, in tokens
-           slots:int=1): # requests answered at the same time
-    "Run llama.cpp's OpenAI-compatible server in this process; gives its base URL and stops it at the end of the block."
-    path = _gguf_file(gguf_path)
-    _free_port(host, port)
-    running = _start(path, host, port, context, slots)
-    try: yield running.listening_address
-    finally: del running
 
 # %% ../nbs/13_quantize.ipynb #a96bdf59
 def _request(url, obj=None, timeout=None):
@@ -316,6 +305,23 @@ def _request(url, obj=None, timeout=None):
 def _post(url, obj=None):
     "The decoded JSON answer to a request."
     with _request(url, obj) as r: return json.load(r)
+
+# %% ../nbs/13_quantize.ipynb #11d2621a
+@contextmanager
+def server(gguf_path, # a .gguf file
+           host:str="127.0.0.1", # address to listen on; 0.0.0.0 opens it to the network, without a password
+           port:int=8080, # port to listen on; 0 takes a free one
+           context:int=4096, # longest conversation, in tokens
+           slots:int=1): # requests answered at the same time
+    "Run llama.cpp's OpenAI-compatible server in this process; gives its base URL and stops it at the end of the block."
+    path = _gguf_file(gguf_path)
+    _free_port(host, port)
+    running = _start(path, host, port, context, slots)
+    try:
+        address = running.listening_address.replace("//0.0.0.0:", "//127.0.0.1:")
+        _post(address + "/slots")
+        yield address
+    finally: del running
 
 # %% ../nbs/13_quantize.ipynb #2470a9fd
 def serve(gguf_path, # a .gguf file

@@ -120,12 +120,22 @@ def test_data_sets(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: ds)
     assert read("owner/name", kind="news")[0]["id"] == ["owner/name#0", "owner/name#1"]
     assert set(read(ds, kind="news")[0]["kind"]) == {"news"}
+    assert read([dict(text="one", kind="handbook", id="a"), dict(text="two", kind="web", id="b")])[0]["kind"] == ["book", "web"]
     ds.save_to_disk(tmp_path / "saved")
     assert len(read(tmp_path / "saved")[0]) == 2
     with pytest.raises(InputError, match="no column"): read(ds.rename_column("text", "body"))
     def fail(name, split): raise ConnectionError("no network")
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(InputError, match="no network"): read("owner/name")
+
+def test_odd_but_legal_content(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "half a pair \\ud800 here\\u0000"}\n{"text": "line\\u2028separator"}\n{"text": "raw \u2028 one"}\r\n', encoding="utf-8")
+    (tmp_path / "deep.html").write_text("<div>" * 5000 + "deep text" + "</div>" * 5000)
+    (tmp_path / "open.html").write_text("<p>One<p>Two<table><tr><td>a<td>b</table")
+    (tmp_path / "UPPER.TXT").write_text("Upper case name.")
+    rows, skipped = read(tmp_path)
+    by = {r["id"]: r["text"] for r in rows}
+    assert by["a.jsonl#1"] == "half a pair  here" and len(by) + len(skipped) == 6 and "| a | b |" in by["open.html"] and "UPPER.TXT" in by
 
 def test_several_sources_keep_ids_apart(tmp_path):
     for d in "xy": (tmp_path / d).mkdir(); (tmp_path / d / "a.txt").write_text(d)

@@ -234,7 +234,7 @@ def test_word_files_open_in_python_docx(folder, d):
     text = "\n".join(p.text for p in doc.paragraphs)
     want = "\n".join(r["text"] for r in d["documents"] if r["source"].endswith(path.name))
     assert text == "\n".join(l.lstrip("# ") for l in want.splitlines() if l.strip())
-    assert any(p.style.name.lower().startswith("heading") for p in doc.paragraphs)
+    assert {p.style.name.lower().rstrip(" 12") for p in doc.paragraphs} == {"heading", "normal"}
 
 
 def test_html_holds_the_page_and_its_junk(folder, d):

@@ -34,7 +34,8 @@ def made(tmp_path_factory, tok):
     merged = quantize.merge(root / "base", root / "adapter", root / "merged")
     files = quantize.export_gguf(merged, root / "gguf", ("f32", "q8_0", "q4_0"))
     model, _ = models.load(str(merged))
-    return dict(root=root, tuned=tuned, merged=merged, files=files, model=model)
+    from gguf import GGUFReader
+    return dict(root=root, tuned=tuned, merged=merged, files=files, model=model, exact=GGUFReader(files["f32"]))
 
 
 def logits(model, tok):
@@ -105,7 +106,7 @@ def test_output_mistakes(made, tmp_path, what):
 
 def test_dequantized_weights_are_within_the_blocks_bound(made):
     from gguf import GGUFReader, GGMLQuantizationType as Q, quants
-    exact = {t.name: t for t in GGUFReader(made["files"]["f32"]).tensors}
+    exact = {t.name: t for t in made["exact"].tensors}
     for kind, levels in (("q8_0", 127), ("q4_0", 8)):
         for t in GGUFReader(made["files"][kind]).tensors:
             want = np.array(exact[t.name].data, dtype=np.float32)
@@ -114,8 +115,9 @@ def test_dequantized_weights_are_within_the_blocks_bound(made):
             used = 127 if t.name == "token_embd.weight" else levels
             assert t.tensor_type == (Q.Q8_0 if used == 127 else Q.Q4_0)
             scale = np.abs(want.reshape(-1, 32)).max(1, keepdims=True) / used
-            worst = (np.abs(got - want).reshape(-1, 32) / scale).max()
-            assert worst <= (0.51 if used == 127 else 1.01), (t.name, worst)
+            worst = (np.abs(got - want).reshape(-1, 32) / np.maximum(scale, 1e-12)).max()
+            # half a step, and the scale itself is rounded to 16 bits
+            assert worst <= (0.57 if used == 127 else 1.01), (t.name, worst)
 
 
 def test_f32_export_is_the_model(made, tok):
@@ -136,7 +138,7 @@ def test_chat_template_and_ids(made, tok):
 
 def test_sizes_and_kept_files(made):
     sizes = {k: p.stat().st_size for k, p in made["files"].items()}
-    assert sizes["f32"] > 3 * sizes["q8_0"] > 3 * sizes["q4_0"]
+    assert sizes["f32"] > 2 * sizes["q8_0"] > 2 * sizes["q4_0"]
     stamp = made["files"]["q8_0"].stat().st_mtime_ns
     with patch.object(quantize, "_convert", side_effect=AssertionError("converted again")):
         assert quantize.export_gguf(made["merged"], made["root"] / "gguf", "q8_0")["q8_0"] == made["files"]["q8_0"]
@@ -144,14 +146,21 @@ def test_sizes_and_kept_files(made):
     assert not [p for p in (made["root"] / "gguf").iterdir() if p.name.startswith(".export")]
 
 
-def test_changed_weights_or_a_damaged_file_are_exported_again(made, tok, tmp_path):
-    models.tiny(tok, seed=3).save_pretrained(tmp_path / "m"); tok.save_pretrained(tmp_path / "m")
-    path = quantize.export_gguf(tmp_path / "m", tmp_path / "g", "q8_0")["q8_0"]
-    first = path.read_bytes()
-    path.write_bytes(first[:1000])
-    assert quantize.export_gguf(tmp_path / "m", tmp_path / "g", "q8_0")["q8_0"].read_bytes() == first
-    models.tiny(tok, seed=4).save_pretrained(tmp_path / "m")
-    assert quantize.export_gguf(tmp_path / "m", tmp_path / "g", "q8_0")["q8_0"].read_bytes() != first
+def test_changed_weights_or_a_damaged_file_are_exported_again(made, tmp_path):
+    import shutil
+    shutil.copytree(made["merged"], tmp_path / "merged"); shutil.copytree(made["root"] / "gguf", tmp_path / "gguf")
+    path, calls = tmp_path / "gguf" / "merged-q8_0.gguf", []
+    def convert(folder, path): calls.append(path); return Path(shutil.copy(made["files"]["f32"], path))
+    with patch.object(quantize, "_convert", side_effect=convert):
+        export = lambda: quantize.export_gguf(tmp_path / "merged", tmp_path / "gguf", "q8_0")
+        assert export()["q8_0"] == path and len(calls) == 0
+        path.write_bytes(path.read_bytes()[:1000])
+        export()
+        assert len(calls) == 1 and path.read_bytes() == made["files"]["q8_0"].read_bytes()
+        weights = tmp_path / "merged" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+        export(); export()
+        assert len(calls) == 2
 
 
 def test_expanded_vocabulary_exports_with_equal_ids(made, tok, tmp_path):
@@ -176,8 +185,7 @@ def test_unknown_pre_tokenizer_is_read_from_the_tokenizer_file(tmp_path):
 
 @pytest.mark.parametrize("change", ["template", "weights", "tokens"])
 def test_check_finds_what_is_wrong(made, tok, tmp_path, change):
-    from gguf import GGUFReader
-    reader, template, model, tok2 = GGUFReader(made["files"]["f32"]), tok.chat_template, made["model"], tok
+    reader, template, model, tok2 = made["exact"], tok.chat_template, made["model"], tok
     if change == "template": template = template.replace("helpful", "rude")
     if change == "weights": model = models.tiny(tok, seed=9)
     if change == "tokens": tok2 = models.load_tokenizer(); tok2.add_tokens(["spaces", "1450"])
@@ -206,7 +214,7 @@ def test_output_that_cannot_be_written(made, tmp_path):
     import shutil
     with patch.object(shutil, "disk_usage", return_value=shutil._ntuple_diskusage(10, 10, 0)), pytest.raises(InputError, match="GB free"):
         quantize.export_gguf(made["merged"], tmp_path / "g", "q8_0")
-    with patch.object(quantize, "_quantize", side_effect=OSError(28, "No space left on device")), pytest.raises(InputError, match="No space"):
+    with patch.object(quantize, "_convert", return_value=made["files"]["f32"]), patch.object(quantize, "_quantize", side_effect=OSError(28, "No space left on device")), pytest.raises(InputError, match="No space"):
         quantize.export_gguf(made["merged"], tmp_path / "g", "q8_0")
     assert not list((tmp_path / "g").glob("*.gguf"))
 

@@ -1,0 +1,249 @@
+"""Bad input: each case a clear message on stderr, exit status 2 (or 3 for skipped files), no traceback, nothing lost."""
+import json, os, socket, subprocess, sys
+from pathlib import Path
+
+import pytest, yaml
+
+from domain_llm import cli
+
+QUESTION = {"question": "What is 2+2?", "choices": ["3", "4"], "answer": 1}
+
+
+def call(capsys, *argv):
+    "Exit status and stderr of a command, run in this process."
+    status = cli.main([str(a) for a in argv])
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return status, err
+
+
+def lines(path, rows):
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n")
+    return path
+
+
+RECIPES = {  # a recipe that is wrong, and what the message must name
+    "typo in a section": ("modle: x", "model"),
+    "typo in a setting": ("demo: 8\npretrain: {learning_rat: 1}", "learning_rate"),
+    "not YAML": ("demo: [8", "not valid YAML"),
+    "a list": ("- demo", "must be a set"),
+    "empty": ("", "names no documents"),
+    "section is a number": ("demo: 8\nmix: 3", "mix"),
+    "zero rate": ("demo: 8\npretrain: {learning_rate: 0}", "above 0"),
+    "rate is a word": ("demo: 8\npretrain: {learning_rate: fast}", "above 0"),
+    "rate is not a number": ("demo: 8\npretrain: {learning_rate: .nan}", "above 0"),
+    "zero ratio": ("demo: 8\nmix: {parts: {domain: 1, general: 0}}", "parts above 0"),
+    "negative ratio": ("demo: 8\nmix: {parts: {domain: -1}}", "parts above 0"),
+    "unknown source": ("demo: 8\nmix: {parts: {domain: 1, generl: 1}}", "did you mean 'general'"),
+    "no domain": ("demo: 8\nmix: {parts: {general: 1}}", "leaves out 'domain'"),
+    "instructions without data": ("data: {documents: .}\nmix: {parts: {domain: 1, instructions: 1}}", "data.instructions"),
+    "zero epochs": ("demo: 8\nmix: {epochs: 0}", "above 0"),
+    "share above one": ("demo: 8\ncorpus: {held_out: 1.5}", "between 0 and 1"),
+    "method": ("demo: 8\npretrain: {method: qlora2}", "full or lora"),
+    "quantization": ("demo: 8\nquantize: {types: [q3_k]}", "q8_0"),
+    "seed is text": ("demo: 8\nseed: abc", "whole number"),
+    "demo too small": ("demo: 1", "4 to 20000"),
+    "documents missing": ("data: {documents: /no/such/folder}", "/no/such/folder"),
+    "questions missing": ("demo: 8\ndata: {questions: nope.jsonl}", "nope.jsonl"),
+    "nothing to train": ("demo: 8\npretrain: false\nsft: false", "nothing is left to train"),
+    "trust is text": ("demo: 8\ntrust_remote_code: sure", "true or false"),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_wrong_recipe(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, names = RECIPES[case]
+    (tmp_path / "r.yaml").write_text(text)
+    status, err = call(capsys, "run", "r.yaml")
+    assert status == 2 and names in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.yaml"]  # refused before anything is written
+
+
+QUESTIONS = {
+    "one choice": ([{"question": "a?", "choices": ["x"], "answer": 0}], "at least 2"),
+    "answer out of range": ([QUESTION, {**QUESTION, "answer": 2}], "answer"),
+    "answer is a letter": ([{**QUESTION, "answer": "B"}], "index"),
+    "no question": ([{"choices": ["1", "2"], "answer": 0}], "question"),
+    "empty question": ([{**QUESTION, "question": " "}], "empty"),
+    "choices are a text": ([{**QUESTION, "choices": "12"}], "list"),
+    "same choice twice": ([{**QUESTION, "choices": ["4", "4"]}], "twice"),
+    "malformed line": ([QUESTION, "{broken"], "line 2"),
+    "empty file": ([], "no question"),
+}
+
+
+@pytest.mark.parametrize("case", QUESTIONS)
+def test_wrong_questions(case, tmp_path, capsys, tiny_folder):
+    rows, names = QUESTIONS[case]
+    status, err = call(capsys, "eval", tiny_folder, "--questions", lines(tmp_path / "q.jsonl", rows))
+    assert status == 2 and names in err and "q.jsonl" in err
+
+
+def test_missing_questions(tmp_path, capsys, tiny_folder):
+    status, err = call(capsys, "eval", tiny_folder, "--questions", tmp_path / "none.jsonl")
+    assert status == 2 and "none.jsonl" in err
+
+
+def no_template(folder, tiny_folder):
+    import shutil
+    shutil.copytree(tiny_folder, folder)
+    for name in ("chat_template.jinja",): (folder / name).unlink(missing_ok=True)
+    cfg = json.loads((folder / "tokenizer_config.json").read_text()); cfg.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(cfg))
+
+
+@pytest.mark.parametrize("name, names", [("smolm2-135m-instruct", "did you mean"), ("/no/such/model", "no model"), ("no-org/no-model-here", "cannot load"), ("EMPTY", "config.json"), ("FILE", "not a model folder"),
+                                         ("TRUNCATED", "cannot load"), ("NOTOKENIZER", "tokenizer")])
+def test_wrong_model(name, names, tmp_path, capsys, tiny_folder):
+    import shutil
+    target = tmp_path / name
+    if name == "EMPTY": target.mkdir()
+    if name == "FILE": target.write_text("x")
+    if name == "TRUNCATED":
+        shutil.copytree(tiny_folder, target)
+        with open(target / "model.safetensors", "r+b") as f: f.truncate(1000)
+    if name == "NOTOKENIZER":
+        shutil.copytree(tiny_folder, target)
+        for p in target.glob("*token*"): p.unlink()
+    status, err = call(capsys, "eval", target if target.exists() else name)
+    assert status == 2 and names in err
+
+
+def test_sft_needs_a_chat_template(tmp_path, capsys, tiny_folder):
+    no_template(tmp_path / "base", tiny_folder)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(dict(model=str(tmp_path / "base"), demo=4)))
+    status, err = call(capsys, "run", tmp_path / "r.yaml")
+    assert status == 2 and "no chat template" in err
+
+
+# Documents
+
+def corpus(capsys, *argv): return call(capsys, "corpus", *argv)
+
+
+def test_no_documents(tmp_path, capsys):
+    assert corpus(capsys, tmp_path)[0] == 2
+    (tmp_path / "a.xyz").write_text("x")
+    status, err = corpus(capsys, tmp_path)
+    assert status == 2 and str(tmp_path) in err
+
+
+GOOD = "The relief valve of the machine opens at forty bar and closes at thirty-eight. " * 6
+BROKEN = {
+    "unreadable.pdf": b"%PDF-1.7 this is not a PDF", "empty.pdf": b"", "broken.docx": b"PK\x03\x04 no archive", "binary.txt": bytes(range(256)) * 20, "endless.txt": b"A" * 1_500_000,
+    "line.jsonl": b'{"text": "' + GOOD.encode() + b'"}\n{"text": \n{"other": 1}\n', "unknown.xyz": b"x",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_file_is_named_and_the_rest_is_read(name, tmp_path, capsys):
+    (tmp_path / "good.md").write_text(GOOD)
+    (tmp_path / name).write_bytes(BROKEN[name])
+    status = cli.main(["corpus", str(tmp_path), "--out", str(tmp_path / "out.jsonl"), "--min-chars", "100"])
+    said = capsys.readouterr()
+    assert status == 3 and name in said.out and "skipped" in said.out and "Traceback" not in said.err
+    assert "relief valve" in (tmp_path / "out.jsonl").read_text()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "gb18030", "utf-8-sig", "cp1252"])
+def test_encodings_are_read(encoding, tmp_path, capsys):
+    text = {"gb18030": "潮汐船闸的安全阀在四十巴时打开，操作人员必须记录压力。" * 8, "cp1252": "Der Überdruck beträgt 40 bar, größer als früher. " * 8}.get(encoding, GOOD)
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    assert cli.main(["corpus", str(tmp_path), "--out", str(tmp_path / "o.jsonl")]) == 0
+    assert text[:20] in json.loads((tmp_path / "o.jsonl").read_text())["text"]
+
+
+def test_corpus_option_out_of_range(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(GOOD)
+    status, err = corpus(capsys, tmp_path, "--near-duplicate", "7")
+    assert status == 2 and "--near-duplicate" in err
+
+
+def test_everything_too_short(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("short")
+    assert corpus(capsys, tmp_path)[0] == 2
+
+
+# Output and environment
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/version").exists(), reason="needs a file system that refuses")
+def test_no_write_permission(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("demo: 4")
+    status, err = call(capsys, "run", tmp_path / "r.yaml", "--output", "/proc/domain_llm")
+    assert status == 2 and "/proc/domain_llm" in err
+
+
+def test_output_is_a_file(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("demo: 4"); (tmp_path / "out").write_text("x")
+    status, err = call(capsys, "run", tmp_path / "r.yaml", "--output", tmp_path / "out")
+    assert status == 2 and str(tmp_path / "out") in err and (tmp_path / "out").read_text() == "x"
+
+
+def test_full_disk_at_the_start(tmp_path, capsys, monkeypatch):
+    import shutil
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    (tmp_path / "r.yaml").write_text("demo: 4")
+    status, err = call(capsys, "run", tmp_path / "r.yaml", "--output", tmp_path / "out")
+    assert status == 2 and "free" in err
+
+
+def test_full_disk_while_writing(tmp_path, capsys):
+    "A real file that may not grow: the limit on file size makes the write fail as a full disk does."
+    code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+            "from domain_llm import cli; sys.exit(cli.main(sys.argv[1:]))")
+    docs = tmp_path / "docs"; docs.mkdir()
+    for i in range(20): (docs / f"{i}.txt").write_text(f"Document {i}. " + GOOD.replace("forty", f"{i} times {i + 3}"))
+    out = tmp_path / "kept.jsonl"; out.write_text("the old result\n")
+    p = subprocess.run([sys.executable, "-c", code, "corpus", str(docs), "--near-duplicate", "0.99", "--out", str(out)], capture_output=True, text=True)
+    assert p.returncode == 2 and "Traceback" not in p.stderr and "kept.jsonl" in p.stderr
+    assert out.read_text() == "the old result\n" and [q.name for q in tmp_path.iterdir() if "part" in q.name] == []
+
+
+@pytest.mark.parametrize("error, full", [(OSError(28, "No space left on device"), True), (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), True), (ValueError("x"), False)])
+def test_a_full_disk_is_recognised_in_any_library(error, full): assert cli._disk_full(error) is full
+
+
+def test_port_in_use(tmp_path, capsys):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0)); s.listen()
+        port = s.getsockname()[1]
+        status, err = call(capsys, "serve", tmp_path / "m.gguf", "--port", port)
+    assert status == 2 and (str(port) in err or "GGUF" in err)
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+@pytest.mark.parametrize("what", ["missing", "empty folder", "not a GGUF"])
+def test_nothing_to_talk_to(command, what, tmp_path, capsys):
+    target = tmp_path / "x"
+    if what == "empty folder": target.mkdir()
+    if what == "not a GGUF": target.write_bytes(b"hello" * 100)
+    status, err = call(capsys, command, target)
+    assert status == 2 and str(target) in err
+
+
+def test_init_does_not_overwrite(tmp_path, capsys):
+    docs = tmp_path / "docs"; docs.mkdir(); (docs / "a.txt").write_text(GOOD)
+    mine = tmp_path / "mine.yaml"; mine.write_text("precious")
+    status, err = call(capsys, "init", docs, "--recipe", mine)
+    assert status == 2 and "exists already" in err and mine.read_text() == "precious"
+    assert call(capsys, "init", tmp_path / "none", "--recipe", tmp_path / "b.yaml")[0] == 2
+
+
+def test_recipe_missing_or_binary(tmp_path, capsys):
+    assert call(capsys, "run", tmp_path / "none.yaml")[0] == 2
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    assert call(capsys, "run", tmp_path / "b.yaml")[0] == 2
+
+
+def test_unknown_command_teaches():
+    p = subprocess.run(["domain-llm", "trian"], capture_output=True, text=True)
+    assert p.returncode == 2 and "run" in p.stderr
+
+
+def test_eval_compares_two_models(tmp_path, capsys, tiny_folder):
+    q = lines(tmp_path / "q.jsonl", [QUESTION, {**QUESTION, "question": "What is 1+3?"}])
+    assert cli.main(["eval", str(tiny_folder), "--questions", str(q), "--versus", str(tiny_folder), "--json", str(tmp_path / "r.json")]) == 0
+    assert "McNemar" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["change"]["diff"] == 0

@@ -1,0 +1,51 @@
+import os, signal, subprocess, sys, time
+
+import pytest
+
+from domain_llm import core
+
+
+def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
+    target = tmp_path / "a.json"
+    core.write_json(target, {"n": 1})
+    code = f"from domain_llm import core; import time\nwith core.atomic_file({str(target)!r}) as f:\n  f.write('half'); f.flush(); print('go', flush=True); time.sleep(60)"
+    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    p.stdout.readline()
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert core.read_json(target) == {"n": 1}
+
+
+def test_atomic_dir_replaces_the_whole_folder(tmp_path):
+    out = tmp_path / "out"
+    with core.atomic_dir(out) as d: (d / "old").write_text("1")
+    with core.atomic_dir(out) as d: (d / "new").write_text("2")
+    assert [p.name for p in out.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_fingerprint_follows_contents_not_times(tmp_path):
+    (tmp_path / "d").mkdir(); f = tmp_path / "d" / "x.txt"; f.write_text("a")
+    first = core.fingerprint(tmp_path / "d")
+    os.utime(f, (1, 1))
+    assert core.fingerprint(tmp_path / "d") == first
+    f.write_text("b")
+    assert core.fingerprint(tmp_path / "d") != first
+
+
+def test_jsonl_errors_name_the_line(tmp_path):
+    f = tmp_path / "x.jsonl"
+    f.write_text('{"a": 1}\n\n[1]\n')
+    with pytest.raises(core.InputError, match="line 3"): core.read_jsonl(f)
+
+
+def test_results_carry_provenance(tmp_path):
+    core.save_result("r", {"x": 1}, started=time.time() - 5, folder=tmp_path)
+    made = core.load_result("r", tmp_path)["provenance"]
+    assert made["seconds"] == 5 and made["machine"]["versions"]["torch"] and made["machine"]["cores"] >= 1
+
+
+def test_peak_memory_sees_an_allocation():
+    core.reset_peak_memory()
+    before = core.peak_memory_gb()
+    block = bytearray(300_000_000); block[::4096] = b"x" * len(block[::4096])
+    assert core.peak_memory_gb() - before > 0.2

@@ -1,0 +1,371 @@
+"""Evaluation: exact sums, trees against plain texts, lm-eval's picks, statistics by hand, readers and bad input."""
+import importlib.util, json, math, os, random, sys, warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from domain_llm import demo
+from domain_llm.core import InputError
+from domain_llm.evaluate import (accuracy_interval, bits_per_byte, bootstrap, check_questions, compare_plot, loglik, multiple_choice, paired, paths, permute,
+                                 read_questions, retention, tree, tree_mask, wilson)
+from domain_llm.evaluate import _parts, _takes_trees
+from domain_llm.models import load_tokenizer, tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+MCQ = ROOT.parent / "shared/data/mcq"
+QUESTIONS = [
+    dict(question="Who wrote Hamlet?", choices=["William Shakespeare", "William the Conqueror", "Jane Austen"], answer=0, group="a"),
+    dict(question="What is 2 + 2?", choices=["4", "22"], answer=0, group="b"),
+    dict(question="中国的首都是哪里?", choices=["上海", "北京", "广州市"], answer=1, group="c"),
+    dict(question="Which unit has torque?\nChoose one.", choices=["newton", "newton metre", "newton metre per second", "newton"[::-1]], answer=1, group="d")]
+
+
+@pytest.fixture(scope="module")
+def tok(): return load_tokenizer()
+
+@pytest.fixture(scope="module")
+def model(tok): return tiny(tok)
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_evaluate", ROOT / "tools/bench_evaluate.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+def one_by_one(model, ids, start):
+    "Log-likelihood of ids[start:], predicted a token at a time from the text alone."
+    total = 0.0
+    for i in range(start, len(ids)):
+        with torch.no_grad(): total += float(model(torch.tensor([ids[:i]])).logits[0, -1].log_softmax(-1)[ids[i]])
+    return total
+
+def lm_eval_or_skip(): pytest.importorskip("lm_eval")
+
+
+# --- bits per byte
+
+def test_bits_per_byte_by_hand(model, tok):
+    texts = ["The valve opens at 45 N·m.", "阀门每年检查一次。", "a", "", "🙂 mixed 文字 text"]
+    got = bits_per_byte(model, tok, texts, per_doc=True)
+    nats = [-one_by_one(model, [tok.bos_token_id] + tok(t).input_ids, 1) for t in texts if t]
+    size = [len(t.encode()) for t in texts if t]
+    assert got["bytes"] == sum(size) and got["tokens"] == sum(len(tok(t).input_ids) for t in texts)
+    assert got["bpb"] == pytest.approx(sum(nats) / sum(size) / math.log(2), rel=1e-5)
+    assert [b for _, b in got["docs"]] == size
+    assert [n for n, _ in got["docs"]] == pytest.approx(nats, rel=1e-5)
+    assert got["low"] < got["bpb"] < got["high"]
+
+def test_first_token_without_bos(model):
+    tok = load_tokenizer()
+    tok.bos_token = None
+    got = bits_per_byte(model, tok, ["ab"])
+    assert got["bpb"] * 2 * math.log(2) == pytest.approx(-one_by_one(model, [tok.eos_token_id] + tok("ab").input_ids, 1), rel=1e-5)
+
+def test_windows_follow_the_stated_rule(model, tok):
+    text = "one two three four five six seven eight nine ten"
+    ids, length, total = [tok.bos_token_id] + tok(text).input_ids, 4, 0.0
+    for i in range(0, len(ids) - 1, length):
+        end = min(i + length, len(ids) - 1)
+        begin = max(0, end - length)
+        total -= one_by_one(model, ids[begin:end + 1], i - begin + 1)
+    assert (len(ids) - 1) % length  # the last window is a short one
+    assert bits_per_byte(model, tok, [text], length=length)["bpb"] * len(text) * math.log(2) == pytest.approx(total, rel=1e-5)
+
+def test_documents_do_not_see_each_other(model, tok):
+    texts = ["alpha beta", "gamma delta epsilon zeta", "eta"]
+    alone = [bits_per_byte(model, tok, [t], per_doc=True)["docs"][0][0] for t in texts]
+    assert [n for n, _ in bits_per_byte(model, tok, [dict(text=t) for t in texts], per_doc=True)["docs"]] == pytest.approx(alone, rel=1e-5)
+
+def test_max_tokens_cuts_and_counts_the_cut_text(model, tok):
+    text = "The gauge is read every morning. 每天早上读表。" * 20
+    got = bits_per_byte(model, tok, [text, "never reached"], max_tokens=50, per_doc=True)
+    assert 40 <= got["tokens"] <= 60 and len(got["docs"]) == 1
+    assert text.encode()[:got["bytes"]].decode()  # whole characters
+    assert bits_per_byte(model, tok, [text], max_tokens=10**6)["bytes"] == len(text.encode())
+
+def test_no_text(model, tok):
+    for docs in ([], ["", ""]):
+        with pytest.raises(InputError, match="no text"): bits_per_byte(model, tok, docs)
+
+def test_rolling_equals_lm_eval(model, tok):
+    lm_eval_or_skip()
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    texts = ["The cat sat on the mat. " * 12, "水在一百摄氏度沸腾。", "a"]
+    lm = HFLM(pretrained=model, tokenizer=tok, batch_size=1, max_length=32)
+    want = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (t,), 0) for t in texts], disable_tqdm=True)
+    assert [-n for n, _ in bits_per_byte(model, tok, texts, length=32, per_doc=True)["docs"]] == pytest.approx(want, rel=1e-5)
+
+
+# --- trees
+
+def test_tree_merges_common_prefixes():
+    tokens, parents, nodes = tree([[1, 2, 3], [1, 2, 4], [1, 2], [5]])
+    assert tokens == [1, 2, 3, 4, 5] and parents == [-1, 0, 1, 1, -1] and nodes == [[0, 1, 2], [0, 1, 3], [0, 1], [4]]
+    mask, depth = tree_mask(parents, 6)
+    assert list(depth) == [0, 1, 2, 2, 0, 0]
+    assert mask.astype(int).tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]]
+
+@pytest.mark.parametrize("budget", [1, 60, 4096])
+def test_tree_scores_equal_one_at_a_time(model, tok, budget):
+    got = multiple_choice(model, tok, QUESTIONS, batch_tokens=budget)
+    for q, scores in zip(QUESTIONS, got["loglik"]):
+        prompt = f"Question: {q['question']}\nAnswer:"
+        want = [one_by_one(model, tok(f"{prompt} {c}").input_ids, len(tok(prompt).input_ids)) for c in q["choices"]]
+        assert scores == pytest.approx(want, abs=1e-3)
+
+def test_mask_is_needed_and_used(model, tok):
+    trees = [paths(tok, "Question: Who?\nAnswer:", QUESTIONS[0]["choices"], 2048)]
+    assert _takes_trees(model, trees)
+    class Deaf(torch.nn.Module):  # ignores the mask
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config, self.device = model, model.config, model.device
+        def get_input_embeddings(self): return self.inner.get_input_embeddings()
+        def forward(self, input_ids, use_cache=False, **kw): return self.inner(input_ids=input_ids, use_cache=False)
+    deaf = Deaf()
+    assert not _takes_trees(deaf, trees)
+    assert multiple_choice(deaf, tok, QUESTIONS)["loglik"][0] == pytest.approx(multiple_choice(model, tok, QUESTIONS)["loglik"][0], abs=1e-3)
+
+def test_model_that_refuses_a_mask_falls_back(model, tok):
+    class Strict(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config, self.device = model, model.config, model.device
+        def get_input_embeddings(self): return self.inner.get_input_embeddings()
+        def forward(self, input_ids, use_cache=False): return self.inner(input_ids=input_ids, use_cache=False)
+    assert multiple_choice(Strict(), tok, QUESTIONS)["picks"] == multiple_choice(model, tok, QUESTIONS)["picks"]
+
+def test_sliding_window_model(tok):
+    from transformers import MistralConfig, MistralForCausalLM
+    torch.manual_seed(0)
+    m = MistralForCausalLM(MistralConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, sliding_window=6)).eval()
+    got = multiple_choice(m, tok, QUESTIONS[:2])
+    for q, scores in zip(QUESTIONS, got["loglik"]):
+        prompt = f"Question: {q['question']}\nAnswer:"
+        assert scores == pytest.approx([one_by_one(m, tok(f"{prompt} {c}").input_ids, len(tok(prompt).input_ids)) for c in q["choices"]], abs=1e-3)
+
+def test_softcapped_logits(tok):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    torch.manual_seed(0)
+    m = Gemma2ForCausalLM(Gemma2Config(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                                       final_logit_softcapping=0.05, sliding_window=4096, attn_implementation="eager")).eval()
+    assert _parts(m) is None
+    q = QUESTIONS[0]
+    prompt = f"Question: {q['question']}\nAnswer:"
+    assert multiple_choice(m, tok, [q])["loglik"][0] == pytest.approx([one_by_one(m, tok(f"{prompt} {c}").input_ids, len(tok(prompt).input_ids)) for c in q["choices"]], abs=1e-3)
+
+def test_eager_attention_and_bfloat16(tok):
+    m = tiny(tok)
+    want = multiple_choice(m, tok, QUESTIONS)["loglik"]
+    m.set_attn_implementation("eager")
+    for a, b in zip(multiple_choice(m, tok, QUESTIONS)["loglik"], want): assert a == pytest.approx(b, abs=1e-3)
+    for a, b in zip(multiple_choice(tiny(tok).to(torch.bfloat16), tok, QUESTIONS)["loglik"], want): assert a == pytest.approx(b, rel=0.05)
+
+def test_peft_model(tok):
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+    for config in (LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)):
+        torch.manual_seed(1)
+        m = get_peft_model(tiny(tok), config).eval()
+        got = multiple_choice(m, tok, QUESTIONS[:2])["loglik"]
+        for q, scores in zip(QUESTIONS, got):
+            prompt = f"Question: {q['question']}\nAnswer:"
+            assert scores == pytest.approx([one_by_one(m, tok(f"{prompt} {c}").input_ids, len(tok(prompt).input_ids)) for c in q["choices"]], abs=1e-3)
+        assert abs(got[0][0] - multiple_choice(tiny(tok), tok, QUESTIONS[:1])["loglik"][0][0]) > 1e-3  # the adapter counts
+        text = "Torque 45"
+        assert bits_per_byte(m, tok, [text])["bpb"] == pytest.approx(-one_by_one(m, [tok.bos_token_id] + tok(text).input_ids, 1) / len(text) / math.log(2), rel=1e-4)
+
+def test_long_prompts_lose_their_beginning(tok):
+    assert paths(tok, "one two three four five", ["six seven"], 4) == [(ids := tok("one two three four five six seven").input_ids[-5:], len(ids) - 2)]
+    with pytest.raises(InputError, match="takes 2"): paths(tok, "one", ["two three four five"], 2)
+
+
+# --- multiple choice
+
+@pytest.mark.parametrize("name", ["demo", "mmlu", "cmmlu"])
+def test_picks_equal_lm_eval(model, tok, bench, name):
+    lm_eval_or_skip()
+    if name == "demo": rows = random.Random(0).sample(demo.make()["mcq"], 30) + demo.common()[:20]
+    elif not MCQ.is_dir(): pytest.skip("no shared/data")
+    elif name == "mmlu": rows = [r for r in bench.mmlu(100) if len(r["question"]) < 250][:15]
+    else: rows = read_questions(MCQ / "cmmlu/nutrition_test.csv")[:12]
+    ref = bench.lm_eval_run(model, tok, rows)
+    got, norm = multiple_choice(model, tok, rows), multiple_choice(model, tok, rows, norm="chars")
+    assert got["picks"] == ref["picks"] and norm["picks"] == ref["picks_norm"]
+    for a, b in zip(got["loglik"], ref["loglik"]): assert a == pytest.approx(b, abs=1e-3)
+
+def test_trailing_space_in_template_moves_to_the_option(model, tok):
+    a, b = (multiple_choice(model, tok, QUESTIONS[:1], template=t)["loglik"] for t in ("{question}", "{question}  "))
+    ids = tok(QUESTIONS[0]["question"] + "   " + "Jane Austen").input_ids
+    assert b[0][2] == pytest.approx(one_by_one(model, ids, len(tok(QUESTIONS[0]["question"]).input_ids)), abs=1e-3)
+    assert a != b
+
+def test_order_of_options_does_not_matter_in_cloze(model, tok):
+    mixed = permute(QUESTIONS, seed=3)
+    assert [q["choices"] for q in mixed] != [q["choices"] for q in QUESTIONS]
+    a, b = multiple_choice(model, tok, QUESTIONS), multiple_choice(model, tok, mixed)
+    for q, m, x, y in zip(QUESTIONS, mixed, a["loglik"], b["loglik"]):
+        assert m["choices"][m["answer"]] == q["choices"][q["answer"]]
+        want = dict(zip(q["choices"], x))
+        assert y == pytest.approx([want[c] for c in m["choices"]], abs=1e-3)
+    assert a["correct"] == b["correct"]
+
+def test_norms(model, tok):
+    raw = multiple_choice(model, tok, QUESTIONS)
+    for norm, size in (("raw", lambda c: 1), ("chars", len), ("bytes", lambda c: len(c.encode()))):
+        got = multiple_choice(model, tok, QUESTIONS, norm=norm)
+        assert got["picks"] == [int(np.argmax([s / size(c) for s, c in zip(ss, q["choices"])])) for ss, q in zip(raw["loglik"], QUESTIONS)]
+
+def test_letter_style(model, tok):
+    q = QUESTIONS[1]
+    prompt = "Question: What is 2 + 2?\nA. 4\nB. 22\nAnswer:"
+    got = multiple_choice(model, tok, [q], style="letter")["loglik"][0]
+    assert got == pytest.approx([one_by_one(model, tok(f"{prompt} {c}").input_ids, len(tok(prompt).input_ids)) for c in "AB"], abs=1e-3)
+
+def test_result_fields(model, tok):
+    r = multiple_choice(model, tok, QUESTIONS)
+    assert r["n"] == 4 and r["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    assert r["accuracy"] == sum(r["correct"]) / 4 and (r["low"], r["high"]) == wilson(sum(r["correct"]), 4)
+    r = multiple_choice(model, tok, [dict(q, group=i // 2) for i, q in enumerate(QUESTIONS)])
+    assert (r["low"], r["high"]) == bootstrap(r["correct"], groups=[0, 0, 1, 1])
+
+def test_braces_in_a_question_are_text(model, tok):
+    multiple_choice(model, tok, [dict(question="f{x} = {0}?", choices=["{a}", "b"], answer=0)])
+
+@pytest.mark.parametrize("change, said", [(dict(style="best"), "cloze, letter"), (dict(norm="tokens"), "raw, chars, bytes"), (dict(template="Answer:"), "leaves the question out"),
+                                          (dict(template="{q}"), "Use {question}"), (dict(template="{question"), "does not work")])
+def test_bad_arguments(model, tok, change, said):
+    with pytest.raises(InputError) as e: multiple_choice(model, tok, QUESTIONS, **change)
+    assert said in str(e.value)
+
+def test_no_questions(model, tok):
+    with pytest.raises(InputError, match="no questions"): multiple_choice(model, tok, [])
+
+
+# --- questions from files
+
+GOOD = dict(question="2 + 2?", choices=["3", "4"], answer=1)
+
+@pytest.mark.parametrize("change, said", [
+    (dict(question=" "), "question is empty"), (dict(question=None), "no 'question'"), (dict(choices=["4"]), "at least 2"), (dict(choices="34"), "must be a list"),
+    (dict(choices=["3", " "]), "choice is empty"), (dict(choices=["3", 4]), "not a text"), (dict(choices=["4", " 4"]), "twice"), (dict(answer=2), "numbered 0 to 1"),
+    (dict(answer=-1), "numbered 0 to 1"), (dict(answer="B"), "counted from 0"), (dict(answer=True), "counted from 0"), (dict(answer=None), "no 'answer'")])
+def test_faulty_rows(tmp_path, change, said):
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(map(json.dumps, [GOOD, {**GOOD, **change}])))
+    with pytest.raises(InputError) as e: read_questions(path)
+    assert said in str(e.value) and "q.jsonl, question 2" in str(e.value)
+    with pytest.raises(InputError, match="question 2"): check_questions([GOOD, {**GOOD, **change}])
+    with pytest.warns(UserWarning, match="1 of 2"): assert len(read_questions(path, skip_faulty=True)) == 1
+
+def test_jsonl(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(dict(GOOD, group="sums")) + "\n\n" + json.dumps(GOOD) + "\n", encoding="utf-8-sig")
+    assert read_questions(path) == [dict(GOOD, group="sums"), dict(GOOD, group="q:2")]
+
+def test_mmlu_csv(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text('question,choice0,choice1,choice2,choice3,answer\n"Two\nlines, quoted",a,b,c,d,3\nThree choices,a,b,c,,0\n')
+    assert read_questions(path) == [dict(question="Two\nlines, quoted", choices=list("abcd"), answer=3, group="m:1"), dict(question="Three choices", choices=list("abc"), answer=0, group="m:2")]
+    path.write_text("question,choice0,choice1,answer\nq,a,b,0\nq,a,b,5\n")
+    with pytest.raises(InputError, match=r"m.csv, question 2 \(ends on line 3\): the answer is 5"): read_questions(path)
+    path.write_text("question,choice0,choice1,answer\nq,a,b\n")
+    with pytest.raises(InputError, match="question 1"): read_questions(path)
+
+def test_cmmlu_csv(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text("\ufeff,Question,A,B,C,D,Answer\n0,中国的首都是,上海,北京,广州,深圳,B\n", encoding="utf-8")
+    assert read_questions(path) == [dict(question="中国的首都是", choices=["上海", "北京", "广州", "深圳"], answer=1, group="c:1")]
+    path.write_text(",Question,A,B,C,D,Answer\n0,q,1,2,3,4,F\n")
+    with pytest.raises(InputError, match="'F'"): read_questions(path)
+
+@pytest.mark.parametrize("name, content, said", [("x.csv", b"a,b\n1,2\n", "header is a,b"), ("x.csv", b"", "header is empty"), ("x.csv", b"question,choice0,answer\n\xff,1,0\n", "UTF-8"),
+    ("x.csv", b"question,choice0,choice1,answer\n", "has no questions"), ("x.jsonl", b"", "has no questions"), ("x.jsonl", b"{", "line 1"), ("x.txt", b"q", ".jsonl or .csv"),
+    ("x.jsonl", b'{"question": "q", "choices": ["a"], "answer": 0}', "at least 2")])
+def test_faulty_files(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as e: read_questions(tmp_path / name)
+    assert said in str(e.value) and name in str(e.value)
+
+def test_missing_file_and_all_faulty(tmp_path):
+    for name in ("no.jsonl", "no.csv"):
+        with pytest.raises(InputError, match="cannot read"): read_questions(tmp_path / name)
+    (tmp_path / "q.jsonl").write_text(json.dumps(dict(GOOD, answer=9)))
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="every question is faulty"): read_questions(tmp_path / "q.jsonl", skip_faulty=True)
+
+def test_real_files():
+    if not MCQ.is_dir(): pytest.skip("no shared/data")
+    for p in sorted(MCQ.glob("*/*_test.csv")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rows = read_questions(p, skip_faulty=True)
+        assert len(rows) >= 95 and all(len(r["choices"]) == 4 for r in rows)
+    with pytest.raises(InputError, match="twice"): read_questions(MCQ / "mmlu/sociology_test.csv")
+
+
+# --- statistics
+
+def test_wilson_known_values():
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe (1998), Table I, method 3
+    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+    for k, n in ((1, 0), (3, 2), (-1, 5)):
+        with pytest.raises(InputError): wilson(k, n)
+
+def test_mcnemar_by_hand():
+    before = [1] * 50 + [0] * 50
+    after = [1] * 48 + [0] * 2 + [1] * 9 + [0] * 41
+    r = paired(before, after)
+    assert (r["gained"], r["lost"], r["diff"]) == (9, 2, pytest.approx(0.07))
+    assert r["p"] == pytest.approx(2 * (1 + 11 + 55) / 2048)
+    assert r["low"] < 0.07 < r["high"] and paired(before, before)["p"] == 1.0
+
+def test_paired_needs_the_same_questions():
+    for a, b in (([1], [1, 0]), ([], [])):
+        with pytest.raises(InputError, match="same questions twice"): paired(a, b)
+
+def test_bootstrap_of_a_mean_agrees_with_theory():
+    x = np.random.default_rng(0).normal(3, 2, 400)
+    low, high = bootstrap(x)
+    assert high - low == pytest.approx(2 * 1.96 * x.std() / 20, rel=0.1) and low < x.mean() < high
+    assert bootstrap(x) == bootstrap(x)  # the same seed gives the same interval
+
+def test_bootstrap_ratio_keeps_pairs_together():
+    size = np.array([1, 10, 100, 1000] * 20)
+    assert bootstrap(2.5 * size, size) == pytest.approx((2.5, 2.5))
+
+def test_clusters_widen_the_interval():
+    x = np.random.default_rng(0).integers(0, 2, 50)
+    eight = np.repeat(x, 8)
+    free, tied = bootstrap(eight), bootstrap(eight, groups=np.repeat(np.arange(50), 8))
+    assert tied == pytest.approx(bootstrap(x), abs=0.03) and (tied[1] - tied[0]) / (free[1] - free[0]) == pytest.approx(8 ** .5, rel=0.15)
+    assert accuracy_interval(eight, np.repeat(np.arange(50), 8)) == tied
+    assert accuracy_interval(x, np.arange(50)) == wilson(int(x.sum()), 50)
+
+def test_one_item_has_no_interval(): assert all(map(math.isnan, bootstrap([1.0])))
+
+def test_retention():
+    text = lambda f: dict(bpb=0.8 * f, low=0.7 * f, high=0.9 * f, bytes=300, tokens=90, docs=[(f * n, 100) for n in (50, 60, 70)])
+    quiz = lambda c: dict(accuracy=sum(c) / len(c), correct=c, low=.3, high=.9, chance=.25, n=len(c), groups=list(range(len(c))))
+    a, b = [True] * 61 + [False] * 39, [True] * 60 + [False] * 40
+    r = retention({"general ability": text(1), "common knowledge": quiz(a)}, {"general ability": text(1.021), "common knowledge": quiz(b)})
+    assert r["general ability"]["ratio"] == pytest.approx(1.021) and r["general ability"]["low"] == pytest.approx(1.021)
+    assert r["verdict"] == "general ability: 2.1% more bits per byte (95% interval +2.1% to +2.1%); common knowledge: 61% -> 60%, no significant change (p=1)"
+    assert "a significant change" in retention({"q": quiz(a)}, {"q": quiz([False] * 100)})["verdict"]
+    assert "fewer bits" in retention({"t": text(1)}, {"t": text(.9)})["verdict"]
+    with pytest.raises(InputError, match="300 bytes before and 200"): retention({"t": text(1)}, {"t": dict(text(1), bytes=200)})
+    for x, y in (({"a": text(1)}, {"b": text(1)}), ({}, {})):
+        with pytest.raises(InputError, match="same probes twice"): retention(x, y)
+
+def test_compare_plot():
+    import matplotlib
+    matplotlib.use("Agg")
+    quiz = dict(accuracy=.5, low=.4, high=.6, chance=.25)
+    fig = compare_plot({"text": dict(bpb=1.0, low=math.nan, high=math.nan), "quiz": quiz}, {"text": dict(bpb=1.2, low=1.1, high=1.3), "quiz": quiz})
+    left, right = fig.axes
+    assert "bits per byte" in left.get_ylabel() and right.get_ylabel() == "correct (%)" and right.get_title() == "quiz"
+    assert any(list(line.get_ydata()) == [25, 25] for line in right.lines)
+    matplotlib.pyplot.close(fig)

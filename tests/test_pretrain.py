@@ -1,0 +1,113 @@
+import json, random
+
+import pytest, torch
+
+from domain_llm import mix, pretrain
+from domain_llm.core import InputError
+
+CFG = pretrain.settings(pretrain.DEFAULTS, dict(length=32, tokens_per_step=64, probes=3))
+
+
+def rows_of(tok, n=12, source="domain"):
+    rng = random.Random(0)
+    words = "lock gate sluice valve tide keeper harbour chain".split()
+    return mix.tokenize([{"text": " ".join(rng.choices(words, k=rng.randint(4, 40)))} for _ in range(n)], tok, source, 32)
+
+
+def test_packing_keeps_every_token_and_its_label(tok):
+    rows = rows_of(tok)
+    packed, names = pretrain.pack(rows, 32)
+    assert sorted(sum((r["input_ids"] for r in packed), [])) == sorted(sum((r["input_ids"] for r in rows), []))
+    for r in packed:
+        assert len(r["input_ids"]) <= 32
+        for i, l, p in zip(r["input_ids"], r["labels"], r["position_ids"]): assert l == (-100 if p == 0 else i)
+
+
+def test_documents_in_a_row_cannot_see_each_other(tok, tiny_model):
+    model, _ = tiny_model
+    a, b, c = ([dict(input_ids=ids, labels=ids, source="x")] for ids in ([5, 6, 7, 8], [9, 10, 11], [12, 13, 14]))
+    with torch.no_grad():
+        both = pretrain.token_losses(model, pretrain.collate([pretrain.pack(a + b, 16)[0][0]]))[0]
+        other = pretrain.token_losses(model, pretrain.collate([pretrain.pack(a + c, 16)[0][0]]))[0]
+        alone = pretrain.token_losses(model, pretrain.collate([pretrain.pack(b, 16)[0][0]]))[0]
+    assert torch.allclose(both[:3], other[:3], atol=1e-5)  # the neighbour does not matter
+    assert torch.allclose(both[3:], alone, atol=1e-5)
+
+
+def test_loss_is_that_of_transformers(tok, tiny_model):
+    model, _ = tiny_model
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    batch = dict(input_ids=ids, labels=torch.tensor([[-100, 6, -100, 8, 9]]), position_ids=torch.arange(5)[None])
+    with torch.no_grad(): ours, want = pretrain.token_losses(model, batch)[0].mean(), model(input_ids=ids, labels=batch["labels"]).loss
+    assert torch.allclose(ours, want, atol=1e-6)
+
+
+def test_accumulation_weighs_tokens_not_rows(tok, tiny_folder, tmp_path):
+    "Two rows of different size in one step must move the weights as both rows in a single batch do: by the mean over tokens."
+    from domain_llm.models import load
+    rows = [dict(input_ids=list(range(5, 5 + n)), labels=list(range(5, 5 + n)), source="x") for n in (32, 8)]
+    after = []
+    for length, step in ((32, 64), (64, 64)):
+        model, _ = load(str(tiny_folder))
+        pretrain.train(model, rows, tmp_path / str(length), {**CFG, "length": length, "tokens_per_step": step, "learning_rate": 1e-3})
+        after.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*after, atol=3e-4) and not torch.equal(after[0], torch.cat([p.detach().flatten() for p in load(str(tiny_folder))[0].parameters()]))
+
+
+def test_best_checkpoint_is_chosen_within_the_budget():
+    seen = iter([(1.0, 1.0), (0.8, 1.05), (0.5, 1.2)])
+    import domain_llm.evaluate as ev
+    state = {}
+    def fake(model, tok, docs, max_tokens):
+        if docs == "d": state["now"] = next(seen)
+        return {"bpb": state["now"][0 if docs == "d" else 1]}
+    real, ev.bits_per_byte = ev.bits_per_byte, fake
+    try:
+        probe = pretrain.make_probe(None, "d", "g", budget=0.1)
+        scores = [probe(None)["score"] for _ in range(3)]
+    finally: ev.bits_per_byte = real
+    assert min(range(3), key=scores.__getitem__) == 1
+
+
+def test_train_ends_with_the_best_weights(tok, tiny_folder, tmp_path):
+    from domain_llm.models import load
+    model, _ = load(str(tiny_folder))
+    kept, scores = [], iter([9.0, 1.0, 5.0, 7.0])
+    def probe(m):
+        kept.append(torch.cat([p.detach().flatten() for p in m.parameters()]).clone())
+        return dict(score=next(scores))
+    result = pretrain.train(model, rows_of(tok, 20), tmp_path, {**CFG, "tokens_per_step": 32}, probe)
+    assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), kept[1])
+    assert result["best_step"] == [h for h in result["history"] if "score" in h][1]["step"]
+
+
+def test_loss_is_counted_per_source(tok, tiny_folder, tmp_path):
+    from domain_llm.models import load
+    model, _ = load(str(tiny_folder))
+    result = pretrain.train(model, rows_of(tok, 8, "a") + rows_of(tok, 8, "b"), tmp_path, CFG)
+    assert {"loss_a", "loss_b"} <= {k for h in result["history"] for k in h}
+
+
+def test_broken_checkpoints_are_not_used(tmp_path, capsys):
+    for n, ok in ((5, True), (10, False), (15, False)):
+        d = tmp_path / f"checkpoint-{n}"; d.mkdir()
+        (d / "model.safetensors").write_bytes(b"x" * 10)
+        if n != 15: (d / "seal.json").write_text(json.dumps({"model.safetensors": 10 if ok else 99}))
+    assert pretrain.last_checkpoint(tmp_path).name == "checkpoint-5"
+    assert "checkpoint-15 is incomplete" in capsys.readouterr().err and not (tmp_path / "checkpoint-10").exists()
+
+
+def test_lora_trains_adapters_only(tok, tiny_folder, tmp_path):
+    from domain_llm.models import load
+    model, _ = load(str(tiny_folder))
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+    tuned = pretrain.add_lora(model, 4, 8)
+    pretrain.train(tuned, rows_of(tok, 8), tmp_path, {**CFG, "learning_rate": 1e-2})
+    for n, p in tuned.get_base_model().named_parameters():
+        if "lora_" not in n: assert torch.equal(p, base[n.replace(".base_layer", "")])
+    assert any(p.abs().sum() > 0 for n, p in tuned.named_parameters() if "lora_B" in n)
+    with pytest.raises(InputError): pretrain.add_lora(load(str(tiny_folder))[0], 0)
+
+
+def test_nothing_to_train_on():
+    with pytest.raises(InputError, match="nothing to train on"): pretrain.pack([], 32)

@@ -1,0 +1,65 @@
+"""The checkout as a whole: exports in sync, README current, notebooks clean, every notebook runs."""
+import json, os, re, shutil, subprocess, sys, time
+from pathlib import Path
+
+import nbformat, pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(path):
+    "In a process of its own, with a time limit, slow and cuda cells left out."
+    env = {**os.environ, "MPLBACKEND": "agg"}
+    p = subprocess.run([sys.executable, "-m", "nbdev.test", "--help"], capture_output=True) if False else subprocess.run(
+        ["nbdev_test", "--path", str(path), "--n_workers", "0", "--do_print"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert p.returncode == 0, (p.stdout + p.stderr)[-4000:]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_clean(path):
+    nb = nbformat.read(path, 4)
+    assert "widgets" not in nb.metadata
+    text = json.dumps([c.get("outputs", []) for c in nb.cells])
+    assert '"output_type": "error"' not in text
+    assert not re.search(r"(/home/|/root/|/work/|/Users/|/tmp/)", text), "a path of a machine in the outputs"
+    unrun = [c.source[:60] for c in nb.cells if c.cell_type == "code" and not re.search(r"^#\|\s*(slow|cuda)", c.source, re.M) and "print(" in c.source and "def " not in c.source and not c.outputs]
+    assert not unrun, f"cells that print but carry no output: {unrun}"
+
+
+def test_exports_are_in_sync(tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", ".venv*"))
+    subprocess.run(["nbdev_export"], cwd=copy, check=True, capture_output=True)
+    for p in sorted((ROOT / "domain_llm").glob("*.py")): assert p.read_text() == (copy / "domain_llm" / p.name).read_text(), f"{p.name} differs from its notebook: run nbdev_export"
+
+
+def test_readme_is_current():
+    assert subprocess.run([sys.executable, ROOT / "tools" / "readme.py", "--check"]).returncode == 0, "run: python tools/readme.py"
+
+
+def test_help_is_fast():
+    best = min(_seconds(["domain-llm", "--help"]) for _ in range(3))
+    assert best < 0.5
+
+
+def _seconds(command):
+    start = time.time()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.time() - start
+
+
+def test_modules_import_nothing_heavy():
+    code = "import sys, importlib, pkgutil, domain_llm\nfor m in pkgutil.iter_modules(domain_llm.__path__): importlib.import_module('domain_llm.' + m.name)\nprint([m for m in ('torch', 'transformers', 'datasets', 'trl', 'scipy', 'matplotlib', 'xllamacpp') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_modules_depend_downwards_only():
+    layers = [["core", "models"], ["demo", "corpus", "mix", "evaluate"], ["pretrain", "sft"], ["quantize"], ["recipe", "report"], ["cli"]]
+    level = {m: i for i, names in enumerate(layers) for m in names}
+    for p in (ROOT / "domain_llm").glob("*.py"):
+        if p.stem.startswith("_"): continue
+        for used in re.findall(r"from domain_llm\.(\w+) import|from \.(\w+) import", p.read_text()):
+            used = used[0] or used[1]
+            assert level[used] <= level[p.stem], f"{p.stem} imports {used} from a layer above"

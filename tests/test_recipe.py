@@ -1,0 +1,147 @@
+"""A whole run on a tiny random model: stages, skipping, killing, resuming."""
+import json, os, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest, yaml
+
+from domain_llm import recipe
+from domain_llm.core import InputError
+
+
+def small(tiny_folder, **more):
+    return {**dict(name="small", model=str(tiny_folder), demo=8, mix=dict(parts=dict(domain=1, general=0.5), epochs=1), pretrain=dict(length=128, tokens_per_step=256, probes=4),
+                   sft=dict(length=256, tokens_per_step=512, probes=2, learning_rate=1e-3), evaluate=dict(questions=40, probe_tokens=800), quantize=dict(types=["q8_0"])), **more}
+
+
+def start(path, out, **kw):
+    return subprocess.Popen(["domain-llm", "run", str(path), "--output", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **kw)
+
+
+def figures(out): return {k: v for k, v in json.loads((Path(out) / "metrics.json").read_text()).items() if k != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_folder, tmp_path_factory):
+    "One uninterrupted run: its recipe, folder, and seconds."
+    d = tmp_path_factory.mktemp("run")
+    (d / "recipe.yaml").write_text(yaml.safe_dump(small(tiny_folder)))
+    began = time.time()
+    p = start(d / "recipe.yaml", d / "out")
+    said = p.communicate(timeout=600)[0]
+    assert p.returncode == 0, said[-3000:]
+    return d / "recipe.yaml", d / "out", time.time() - began, said
+
+
+def test_run_leaves_what_it_promises(whole):
+    _, out, _, said = whole
+    m = json.loads((out / "metrics.json").read_text())
+    for k in ("domain_mcq", "general_mcq", "domain_bpb", "general_bpb"):
+        for when in ("before", "after"): assert m[f"{k}_{when}_low"] <= m[f"{k}_{when}"] <= m[f"{k}_{when}_high"]
+    assert m["seconds"] > 0 and m["verdict"] in (out / "report.html").read_text().replace("&#39;", "'")
+    for stage in ("corpus", "baseline", "pretrain", "sft", "evaluate", "quantize", "report"):
+        made = json.loads((out / stage / "manifest.json").read_text())
+        assert made["fingerprint"] and made["versions"]["torch"] and made["seconds"] >= 0
+    assert (out / "MODEL_CARD.md").read_text().startswith("---\nbase_model:")
+    assert not list(out.glob("*/checkpoints")) and "report:" in said
+    assert m["domain_bpb_after"] < m["domain_bpb_before"]
+
+
+def test_report_opens_without_a_network(whole):
+    from html.parser import HTMLParser
+    page = (whole[1] / "report.html").read_text()
+    links = []
+    class Links(HTMLParser):
+        def handle_starttag(self, tag, attrs): links.extend(v for k, v in attrs if k in ("src", "href") and not v.startswith("#"))
+    Links().feed(page)
+    assert not links and page.count("<svg") == 3
+    assert "domain-llm chat" in page and "McNemar" in page
+
+
+def test_second_run_skips_everything(whole):
+    path, out, _, _ = whole
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob("*/manifest.json")}
+    said = start(path, out).communicate(timeout=300)[0]
+    assert said.count("unchanged, skipped") == len(stamps) == 7
+    assert {p: p.stat().st_mtime_ns for p in out.glob("*/manifest.json")} == stamps
+
+
+def test_a_changed_setting_repeats_its_stage_and_the_ones_after(whole, tiny_folder):
+    cfg = recipe.check(small(tiny_folder), whole[0].parent)
+    cfg["output"] = str(whole[1])
+    data = recipe.gather(cfg)
+    old = recipe.stage_fingerprints(cfg, data)
+    changed = json.loads(json.dumps(cfg)); changed["sft"]["learning_rate"] = 1e-4
+    new = recipe.stage_fingerprints(changed, data)
+    assert [s for s in old if old[s] != new[s]] == ["sft", "evaluate", "quantize", "report"]
+
+
+@pytest.mark.parametrize("point", range(10))
+def test_killed_anywhere_ends_the_same(whole, tmp_path, point):
+    "SIGKILL after a share of the run's time, then once more; the resumed run must end with the figures of the whole one."
+    path, out, seconds, _ = whole
+    p = start(path, tmp_path / "out")
+    time.sleep(seconds * (point + 0.5) / 10)
+    try: os.killpg(p.pid, signal.SIGKILL)
+    except ProcessLookupError: pass
+    p.wait()
+    again = start(path, tmp_path / "out")
+    said = again.communicate(timeout=600)[0]
+    assert again.returncode == 0, said[-3000:]
+    want, got = figures(out), figures(tmp_path / "out")
+    assert got == want
+
+
+def test_corrupted_checkpoint_is_passed_over(whole, tmp_path):
+    "Kill in training, damage the newest checkpoint, resume: the run says so and ends the same."
+    path, out, _, _ = whole
+    p = start(path, tmp_path / "out")
+    folder = tmp_path / "out" / "pretrain" / "checkpoints"
+    for _ in range(1200):
+        if len(list(folder.glob("checkpoint-*/seal.json"))) >= 1: break
+        time.sleep(0.05)
+    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    newest = max(folder.glob("checkpoint-*"), key=lambda q: int(q.name.split("-")[1]))
+    with open(newest / "model.safetensors", "r+b") as f: f.truncate(100)
+    said = start(path, tmp_path / "out").communicate(timeout=600)[0]
+    assert "is incomplete" in said and figures(tmp_path / "out") == figures(out)
+
+
+def test_two_runs_in_one_folder(whole, tmp_path):
+    with recipe._alone(whole[1]):
+        p = start(whole[0], whole[1])
+        assert "another run is working" in p.communicate(timeout=120)[0] and p.returncode == 2
+
+
+def test_own_documents_without_exam_or_answers(tiny_folder, tmp_path):
+    "The least recipe: documents only. No domain exam, no fine-tuning; the report still stands."
+    docs = tmp_path / "docs"; docs.mkdir()
+    rng = random.Random(0)
+    words = "pump valve seal pressure flange gasket torque bearing shaft rotor stator coupling".split()
+    for i in range(40): (docs / f"{i}.md").write_text(f"# Manual {i}\n\n" + " ".join(rng.choices(words, k=120)) + ".\n")
+    (docs / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
+    made = recipe.init(docs, tmp_path / "r.yaml")
+    text = made.read_text().replace("model: smollm2-135m-instruct", f"model: {tiny_folder}").replace("length: 1024", "length: 128").replace("tokens_per_step: 2048", "tokens_per_step: 512")
+    (tmp_path / "r.yaml").write_text(text + "\n")
+    p = subprocess.run(["domain-llm", "run", tmp_path / "r.yaml"], capture_output=True, text=True, timeout=600)
+    assert p.returncode == 0, p.stderr[-3000:]
+    m = json.loads((tmp_path / "runs" / "docs" / "metrics.json").read_text())
+    assert m["domain_mcq_after"] is None and m["domain_bpb_after"] < m["domain_bpb_before"]
+    assert "broken.pdf" in (tmp_path / "runs" / "docs" / "report.html").read_text() and "1 file skipped" in p.stdout
+
+
+def test_template_gives_the_defaults_it_claims():
+    "A recipe made by init must pass the check, and every key in the template must be known."
+    text = (Path(recipe.__file__).parent / "data" / "template.yaml").read_text().replace("NAME", "x").replace("DOCUMENTS", ".")
+    recipe.check(yaml.safe_load(text), ".")
+    for line in text.splitlines():  # the commented settings too
+        key = line.strip().lstrip("# ").split(":")[0]
+        if line.strip().startswith("# ") and ":" in line and " " not in key: assert any(key in (s if isinstance(s, dict) else {}) for s in [recipe.SCHEMA, *recipe.SCHEMA.values()]), key
+
+
+def test_own_multiplechoice_is_leak_free(whole):
+    "The demo's planted leaks must not be in the documents that were trained on."
+    from domain_llm.core import read_jsonl
+    truth = json.loads((whole[1] / "demo" / "truth.json").read_text())
+    text = " ".join(r["text"] for r in read_jsonl(whole[1] / "corpus" / "documents.jsonl"))
+    questions = {q["question"] for q in read_jsonl(whole[1] / "demo" / "questions" / "domain_mcq.jsonl")}
+    assert truth and not [q for q in questions if q in text]
