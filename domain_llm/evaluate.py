@@ -98,17 +98,15 @@ def _inputs(model, built):
     return {k: torch.as_tensor(v).to(model.device) for k, v in inputs.items()}
 
 # %% ../nbs/04_evaluate.ipynb #a658c7e6
-def loglik(model, # a causal language model, or a PeftModel around one
-           trees:list, # each a list of paths (token ids, start): tokens from `start` on are scored
-           batch_tokens:int=None, # tokens per forward pass, padding included; 1,024 on a CPU and 8,192 on a GPU when not given
-           desc:str="scoring"): # what the progress bar says
-    "The summed log-probability in nats of each path, as one list per tree. Trees never see each other."
+def _score(model, parts, # the model and `_parts(model)`
+           trees, # each a list of paths (token ids, start): tokens from `start` on are scored
+           batch_tokens=None, desc="scoring"): # as in `loglik`
+    "The summed log-probability in nats of each path, as one list per tree, trees computed as trees."
     import torch
-    parts = _parts(model)
     built = [tree([ids[:-1] for ids, _ in paths]) for paths in trees]
     out, sizes = [None] * len(trees), [len(b[0]) for b in built]
     with progress(total=sum(sizes), desc=desc, unit="tok") as bar:
-        for batch in _batches(sizes, batch_tokens or (1024 if model.device.type == "cpu" else 8192)):
+        for batch in _batches(sizes, batch_tokens or (256 if model.device.type == "cpu" else 8192)):
             asked = [(r, node, ids[j + 1]) for r, i in enumerate(batch) for (ids, start), nodes in zip(trees[i], built[i][2])
                      for j, node in enumerate(nodes) if j >= start - 1]
             spots = {rn: k for k, rn in enumerate(dict.fromkeys((r, node) for r, node, _ in asked))}
@@ -119,19 +117,28 @@ def loglik(model, # a causal language model, or a PeftModel around one
     return out
 
 # %% ../nbs/04_evaluate.ipynb #33dc329c
-def _takes_trees(model, trees):
+def _takes_trees(model, parts, trees):
     "Whether tree scores equal plain scores on the smallest tree that branches, and no path is longer than the model's attention window."
     import torch
-    text = model.config.get_text_config()
-    window = getattr(text, "sliding_window", None) or math.inf
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or math.inf
     branching = [t for t in trees if _branches(tree([ids[:-1] for ids, _ in t])[1])]
     if not branching or max(len(ids) for t in trees for ids, _ in t) > window: return not branching
     small = min(branching, key=lambda t: sum(len(ids) for ids, _ in t))
-    alone = [p[0] for p in loglik(model, [[p] for p in small])]
-    try: joint = loglik(model, [small])[0]
+    alone = [p[0] for p in _score(model, parts, [[p] for p in small])]
+    try: joint = _score(model, parts, [small])[0]
     except (TypeError, ValueError, RuntimeError, IndexError): return False
     slack = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.03
     return all(abs(a - b) <= slack * (1 + abs(a)) for a, b in zip(alone, joint))
+
+def loglik(model, # a causal language model, or a PeftModel around one
+           trees:list, # each a list of paths (token ids, start): tokens from `start` on are scored
+           batch_tokens:int=None, # tokens per forward pass, padding included; 256 on a CPU (more is slower) and 8,192 on a GPU when not given
+           desc:str="scoring"): # what the progress bar says
+    "The summed log-probability in nats of each path, as one list per tree. Trees never see each other."
+    parts = _parts(model)
+    if _takes_trees(model, parts, trees): return _score(model, parts, trees, batch_tokens, desc)
+    flat = iter(_score(model, parts, [[path] for paths in trees for path in paths], batch_tokens, desc))
+    return [[next(flat)[0] for _ in paths] for paths in trees]
 
 # %% ../nbs/04_evaluate.ipynb #dec22769
 def _windows(ids, first, length):
@@ -291,10 +298,7 @@ def multiple_choice(model, tok, # what `models.load` gives, or a PeftModel
     template = template or (LETTER if style == "letter" else CLOZE)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     trees = [paths(tok, _prompt(template, q), o, limit) for q, o in zip(questions, options)]
-    if _takes_trees(model, trees): scores = loglik(model, trees, batch_tokens, "multiple choice")
-    else:
-        flat = iter(loglik(model, [[p] for t in trees for p in t], batch_tokens, "multiple choice"))
-        scores = [[next(flat)[0] for _ in t] for t in trees]
+    scores = loglik(model, trees, batch_tokens, "multiple choice")
     size = dict(raw=lambda o: 1, chars=len, bytes=lambda o: len(o.encode("utf-8")))[norm]
     picks = [int(np.argmax([s / size(o) for s, o in zip(ss, oo)])) for ss, oo in zip(scores, options)]
     correct = [p == q["answer"] for p, q in zip(picks, questions)]
@@ -313,9 +317,11 @@ def wilson(k:int, # number of successes
 
 def accuracy_interval(correct, # one truth value per question
                       groups=None): # one label per question
-    "95% interval of an accuracy: bootstrap over groups where some group holds several questions, else Wilson's."
-    if groups is not None and 1 < len(set(map(str, groups))) < len(correct): return bootstrap(correct, groups=groups)
-    return wilson(int(sum(correct)), len(correct))
+    "95% interval of an accuracy: Wilson's, widened to the bootstrap over groups where some group holds several questions."
+    low, high = wilson(int(sum(correct)), len(correct))
+    if groups is None or not 1 < len(set(map(str, groups))) < len(correct): return low, high
+    across = bootstrap(correct, groups=groups)
+    return min(low, across[0]), max(high, across[1])
 
 # %% ../nbs/04_evaluate.ipynb #5330795c
 def permute(questions, # question rows
@@ -353,7 +359,8 @@ def _compare(name, b, a):
         return dict(before=b["bpb"], after=a["bpb"], ratio=ratio, low=interval[0], high=interval[1]), said
     r = paired(b["correct"], a["correct"], b["groups"])
     sure = r["p"] < 0.05 and not r["low"] <= 0 <= r["high"]
-    said = f"{name}: {b['accuracy']:.0%} -> {a['accuracy']:.0%}, {'a significant' if sure else 'no significant'} change (p={r['p']:.2g})"
+    tied = f", 95% interval by group {100 * r['low']:+.0f} to {100 * r['high']:+.0f} points" if len(set(map(str, b["groups"]))) < b["n"] else ""
+    said = f"{name}: {b['accuracy']:.0%} -> {a['accuracy']:.0%}, {'a significant' if sure else 'no significant'} change (p={r['p']:.2g}{tied})"
     return dict(before=b["accuracy"], after=a["accuracy"], **r), said
 
 def retention(before:dict, # name -> result of `bits_per_byte` (per_doc=True for an interval) or `multiple_choice`

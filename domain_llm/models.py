@@ -56,12 +56,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet():
-    "Silence transformers' and the hub's progress bars and warnings inside the block."
-    import warnings
+    "Silence the progress bars and warnings of transformers and datasets inside the block."
+    import warnings, datasets
     from transformers.utils import logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, bars, maps = logging.get_verbosity(), logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -69,6 +70,7 @@ def quiet():
     finally:
         logging.set_verbosity(level)
         if bars: logging.enable_progress_bar()
+        if not maps: datasets.enable_progress_bars()
 
 # %% ../nbs/01_models.ipynb #29b56343
 def _failed(name, e):

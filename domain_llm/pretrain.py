@@ -95,6 +95,7 @@ def _trainer_class():
             metrics = {f"eval_{k}": v for k, v in self.probe(self.model).items()}
             self.model.train()
             self.log(dict(metrics))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
         def _save_checkpoint(self, model, trial):
@@ -116,15 +117,18 @@ def last_checkpoint(folder): # a training folder
         shutil.rmtree(path)
 
 # %% ../nbs/06_pretrain.ipynb #445c8137
-def _bar():
-    "A callback that shows a bar with loss and probes on a terminal."
+def _bar(marks, probing): # steps at which to save, and whether to probe there
+    "A callback that probes and saves at the given steps, and shows a bar with loss and probes on a terminal."
     from transformers import TrainerCallback
 
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw):
             self.bar, self.shown = progress(total=state.max_steps, desc="training", unit="step"), {}
             self.bar.update(state.global_step)
-        def on_step_end(self, args, state, control, **kw): self.bar.update(1)
+        def on_step_end(self, args, state, control, **kw):
+            self.bar.update(1)
+            control.should_save = state.global_step in marks
+            control.should_evaluate = control.should_save and probing
         def on_log(self, args, state, control, logs=None, **kw):
             self.shown.update({k.replace("eval_", ""): f"{v:.3f}" for k, v in (logs or {}).items() if k == "loss" or k.startswith("eval_") and k.endswith("bpb")})
             self.bar.set_postfix(self.shown)
@@ -152,17 +156,17 @@ def train(model, # from `load`, or with `add_lora` applied
     import torch
     from transformers import TrainingArguments, set_seed
     from domain_llm.models import quiet
-    data, names = pack(rows, cfg["length"])
+    with quiet(): data, names = pack(rows, cfg["length"])
     per_step = max(1, round(cfg["tokens_per_step"] / cfg["length"]))
     steps = -(-len(data) // per_step)
-    every = max(1, -(-steps // max(1, cfg["probes"])))
+    marks = {round(steps * (i + 1) / cfg["probes"]) for i in range(cfg["probes"])} - {0}
     cpu = model.device.type == "cpu"
     args = TrainingArguments(
         output_dir=str(out), per_device_train_batch_size=1, gradient_accumulation_steps=per_step, num_train_epochs=1, seed=seed,
-        learning_rate=cfg["learning_rate"], lr_scheduler_type="cosine", warmup_steps=max(1, round(cfg["warmup"] * steps)), weight_decay=cfg["weight_decay"],
+        learning_rate=cfg["learning_rate"], lr_scheduler_type="cosine", warmup_steps=round(cfg["warmup"] * steps), weight_decay=cfg["weight_decay"],
         max_grad_norm=1.0, bf16=True, use_cpu=cpu, train_sampling_strategy="sequential", remove_unused_columns=False,
         logging_steps=max(1, steps // 50), disable_tqdm=True, report_to="none", dataloader_pin_memory=not cpu,
-        eval_strategy="steps" if probe else "no", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2,
+        eval_strategy="steps" if probe else "no", eval_steps=steps, save_strategy="steps", save_steps=steps, save_total_limit=2,
         load_best_model_at_end=bool(probe), metric_for_best_model="score" if probe else None, greater_is_better=False if probe else None)
     set_seed(seed)
     start = Path(out) / "start.json"
@@ -171,7 +175,7 @@ def train(model, # from `load`, or with `add_lora` applied
         trainer = _trainer_class()(model=model, args=args, train_dataset=data, eval_dataset=data if probe else None, data_collator=collate, probe=probe, sources=names)
         from transformers.trainer_callback import PrinterCallback
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_bar())
+        trainer.add_callback(_bar(marks, bool(probe)))
         trainer.train(resume_from_checkpoint=str(last_checkpoint(out) or "") or None)
     model.eval()
     history = ([read_json(start)] if probe else []) + [{k.replace("eval_", ""): v for k, v in h.items()} for h in trainer.state.log_history if "train_runtime" not in h]

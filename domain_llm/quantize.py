@@ -28,6 +28,8 @@ def _adapter_base(adapter):
 # %% ../nbs/13_quantize.ipynb #28787e75
 def _attach(model, adapter):
     "The model with the adapter on it, or InputError when the two do not fit."
+    import logging
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR) # its import reports an optional package as a failure
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
     weights = Path(adapter) / "adapter_model.safetensors"
@@ -37,7 +39,8 @@ def _attach(model, adapter):
         with safe_open(weights, "pt") as f: saved = {k for k in f.keys() if "lora_" in k}
         with quiet(): both = PeftModel.from_pretrained(model, str(adapter))
     except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as e:
-        raise InputError(f"{wrong}: {str(e).strip().splitlines()[0]} Give the base it was trained on.") from e
+        said = " ".join(str(e).replace("Error(s) in loading state_dict for", "").split())[:220]
+        raise InputError(f"{wrong}: {said} ... Give the base it was trained on.") from e
     odd = saved ^ {k for k in get_peft_model_state_dict(both, save_embedding_layers=False) if "lora_" in k}
     if odd: raise InputError(f"{wrong}: {len(odd)} of its matrices have no counterpart, for example {sorted(odd)[0]}. Give the base it was trained on.")
     return both

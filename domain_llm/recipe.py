@@ -16,7 +16,7 @@ from . import pretrain as pretraining, sft as finetuning
 from .models import DEMO_MODEL
 
 # %% ../nbs/17_recipe.ipynb #48af1699
-_TRAIN = dict(method="full|lora", learning_rate="above 0", tokens_per_step="whole", length="whole", warmup="share", weight_decay="from 0",
+_TRAIN = dict(method="full|lora", learning_rate="above 0", tokens_per_step="whole", length="whole", warmup="from 0", weight_decay="from 0",
               rank="whole", alpha="above 0", probes="whole", forgetting_budget="from 0")
 SCHEMA = {
     "name": ("my-model", "text"),
@@ -104,6 +104,7 @@ def check(recipe:dict, # as read from YAML
         if n not in known: raise InputError(f"the recipe's mix.parts has '{n}'{nearest(n, known)}: the sources are {', '.join(known)}.")
     if "domain" not in cfg["mix"]["parts"]: raise InputError("the recipe's mix.parts leaves out 'domain', so there is nothing to learn from.")
     if "instructions" in cfg["mix"]["parts"] and not (cfg["demo"] or cfg["data"]["instructions"]): raise InputError("the recipe's mix.parts names 'instructions', but data.instructions is empty.")
+    if Path(folder, cfg["model"]).expanduser().is_dir(): cfg["model"] = str(Path(folder, cfg["model"]).expanduser().resolve())
     cfg["output"] = str(Path(folder, cfg["output"] or f"runs/{cfg['name']}").expanduser().resolve())
     return cfg
 
@@ -337,7 +338,7 @@ def run(path=None, # a recipe; the demo's when not given
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             print(f"      {time.time() - start:.0f} s" + "".join(f"  {k} {v:.3g}" for k, v in metrics.items() if isinstance(v, (int, float)) and not k.endswith(("_low", "_high", "_n"))), flush=True)
     metrics = read_json(out / "metrics.json")
-    print(f"done in {time.time() - began:.0f} s. {metrics['verdict']}\nreport: {out / 'report.html'}", flush=True)
+    print(f"done in {time.time() - began:.0f} s. {metrics['verdict']}\nreport: {os.path.relpath(out / 'report.html')}", flush=True)
     return metrics
 
 # %% ../nbs/17_recipe.ipynb #29ddf123

@@ -43,15 +43,18 @@ def test_loss_is_that_of_transformers(tok, tiny_model):
 
 
 def test_accumulation_weighs_tokens_not_rows(tok, tiny_folder, tmp_path):
-    "Two rows of different size in one step must move the weights as both rows in a single batch do: by the mean over tokens."
+    "Two rows of different size in one step must move the weights as both in a single row do: by the mean over tokens."
     from domain_llm.models import load
     rows = [dict(input_ids=list(range(5, 5 + n)), labels=list(range(5, 5 + n)), source="x") for n in (32, 8)]
-    after = []
-    for length, step in ((32, 64), (64, 64)):
+    start = torch.cat([p.detach().flatten() for p in load(str(tiny_folder))[0].parameters()])
+    moves = []
+    for length in (32, 64):
         model, _ = load(str(tiny_folder))
-        pretrain.train(model, rows, tmp_path / str(length), {**CFG, "length": length, "tokens_per_step": step, "learning_rate": 1e-3})
-        after.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert torch.allclose(*after, atol=3e-4) and not torch.equal(after[0], torch.cat([p.detach().flatten() for p in load(str(tiny_folder))[0].parameters()]))
+        pretrain.train(model, rows, tmp_path / str(length), {**CFG, "length": length, "tokens_per_step": 64, "learning_rate": 1e-3, "warmup": 0.0})
+        moves.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - start)
+    moved = (moves[0].abs() > 1e-4) | (moves[1].abs() > 1e-4)
+    assert moved.sum() > 1000
+    assert (torch.sign(moves[0][moved]) == torch.sign(moves[1][moved])).float().mean() > 0.97  # Adam's first step is the gradient's sign
 
 
 def test_best_checkpoint_is_chosen_within_the_budget():

@@ -42,9 +42,9 @@ def test_template_that_rewrites_turns_gives_a_row_per_answer(tok):
     assert [labelled(r, t) for r in rows] == ["4, 当然。<|im_end|>", "6<|im_end|>"]
 
 
-def test_mask_agrees_with_trl_on_a_template_with_generation_marks(tok):
+def test_mask_agrees_with_transformers_on_a_template_with_generation_marks(tok):
     "transformers' own assistant mask, from a template that marks the answer, must label the same tokens."
-    marked = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    marked = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     enc = with_template(tok, marked).apply_chat_template(TALK, return_assistant_tokens_mask=True, return_dict=True)
     row, = sft.encode(TALK, with_template(tok, CHATML))
     assert row["input_ids"] == list(enc["input_ids"])

@@ -78,7 +78,7 @@ def clean(text):
     text = re.sub(r"\n{3,}", "\n\n", text.strip()).replace("\r", "")
     if len(text.split()) > 40 and text.count("```") % 2 == 0:
         m = list(re.finditer(r'[.!?]["\')]?(?=\s|$)|```', text))
-        if m: text = text[:m[-1].end()]
+        if m: text = re.sub(r"\s+\d+\.$", "", text[:m[-1].end()])  # no lonely number of a list
     low = text.lower()
     if re.search(r"\b(as an ai|i'm an ai|smollm|hugging face|language model|i'm sorry|i cannot|\[your name|murder|kill(ed|ing|s)?\b|drugs|naked|horny)", low): return None
     if not text.isascii(): text = text.translate({0x2019: "'", 0x2018: "'", 0x201c: '"', 0x201d: '"', 0x2013: "-", 0x2014: "-", 0x2026: "..."})

@@ -1,0 +1,123 @@
+"""Training speed beside TRL's SFTTrainer: same model, rows, precision and machine, in one run, arms in turn.
+
+    python tools/bench_train.py [--tokens 6000] [--rounds 2]      # writes nbs/results/bench_train.json
+
+Tasks: continued pre-training (tokens per second) and fine-tuning on conversations (rows per second). The learning rate is so small that no weight moves,
+so the mean loss of every arm is over the same tokens of the same model and must agree; all other work of a step is done.
+"""
+import argparse, statistics, tempfile, time, warnings
+
+warnings.filterwarnings("ignore")
+RATE = 1e-12
+
+
+def rows_of(task, tok, tokens):
+    "Plain rows (documents or conversations) of about `tokens` tokens, and their token rows."
+    from domain_llm import demo, mix, sft
+    world, plain, coded, n = demo.make(entities=60), [], [], 0
+    for r in world["documents"] if task == "pretrain" else world["instructions"]:
+        new = mix.tokenize([r], tok, "a", 1024) if task == "pretrain" else sft.encode(r["messages"], tok)
+        plain.append(r); coded += new; n += sum(len(x["input_ids"]) for x in new)
+        if n >= tokens: return plain, coded
+
+
+def ours(coded, length):
+    from domain_llm import pretrain
+    from domain_llm.models import load
+    model, _ = load()
+    cfg = pretrain.settings(pretrain.DEFAULTS, dict(length=length, tokens_per_step=length, learning_rate=RATE, probes=1))
+    with tempfile.TemporaryDirectory() as d: return _timed(lambda: pretrain.train(model, coded, d, cfg))
+
+
+def _timed(run):
+    "Seconds in the trainer's loop and the mean loss per labelled token, caught from the Trainer itself."
+    import transformers
+    seen, real = {}, transformers.Trainer.train
+    def train(self, *a, **kw):
+        from transformers import TrainerCallback
+        class Clock(TrainerCallback):
+            def on_step_begin(self, args, state, control, **k): seen.setdefault("start", time.perf_counter())
+            def on_step_end(self, args, state, control, **k): seen["end"] = time.perf_counter()
+        self.add_callback(Clock())
+        self._save_checkpoint = lambda *a, **k: None
+        sums = seen["sums"] = [0.0, 0]
+        inner = self.compute_loss
+        def compute_loss(model, inputs, *a, **k):
+            labels = inputs["labels"]
+            n = int((labels[:, 1:] != -100).sum())
+            loss = inner(model, inputs, *a, **k)
+            value = (loss[0] if isinstance(loss, tuple) else loss).item()
+            items = k.get("num_items_in_batch")
+            sums[0] += value * (float(items) if items is not None else n); sums[1] += n
+            return loss
+        self.compute_loss = compute_loss
+        return real(self, *a, **kw)
+    transformers.Trainer.train = train
+    try: run()
+    finally: transformers.Trainer.train = real
+    return dict(seconds=seen["end"] - seen["start"], loss=seen["sums"][0] / seen["sums"][1])
+
+
+def trl(plain, coded, best, length):
+    "SFTTrainer as it comes, or in the fastest configuration found: packed rows, no checkpointing, bf16, full row per step."
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    from domain_llm.models import load, quiet
+    model, tok = load()
+    data = Dataset.from_list([dict(input_ids=r["input_ids"], labels=r["labels"]) for r in coded])
+    kw = dict(packing=True, packing_strategy="bfd_split", per_device_train_batch_size=1, gradient_checkpointing=False, bf16=True, max_length=length) if best else {}
+    with tempfile.TemporaryDirectory() as d, quiet():
+        args = SFTConfig(output_dir=d, use_cpu=True, learning_rate=RATE, num_train_epochs=1, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000, **kw)
+        trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tok)
+        return _timed(trainer.train)
+
+
+def matmul_peak():
+    "Best of several bf16 matrix products, in FLOP/s."
+    import torch
+    a, b = (torch.randn(4096, 4096, dtype=torch.bfloat16) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter(); a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * 4096**3 / best
+
+
+def bench(tokens=6000, rounds=2):
+    from domain_llm.models import load
+    model, tok = load()
+    parameters = sum(p.numel() for p in model.parameters())
+    del model
+    result, length = dict(tasks={}, rounds=rounds), 1024
+    for task in ("pretrain", "sft"):
+        plain, coded = rows_of(task, tok, tokens)
+        n = sum(len(r["input_ids"]) for r in coded)
+        arms = dict(ours=lambda: ours(coded, length), trl_default=lambda: trl(plain, coded, False, length), trl_best=lambda: trl(plain, coded, True, length))
+        taken = {a: [] for a in arms}
+        for i in range(rounds):
+            for name, run in arms.items():
+                r = run()
+                taken[name].append(r)
+                print(f"{task} round {i + 1} {name}: {n / r['seconds']:.0f} tokens/s, {len(coded) / r['seconds']:.2f} rows/s, loss {r['loss']:.4f}", flush=True)
+        median = {a: statistics.median(r["seconds"] for r in rs) for a, rs in taken.items()}
+        result["tasks"][task] = dict(tokens=n, rows=len(coded), runs=taken, tokens_per_second={a: n / s for a, s in median.items()}, rows_per_second={a: len(coded) / s for a, s in median.items()},
+                                     loss={a: rs[0]["loss"] for a, rs in taken.items()}, speedup_over_default=median["trl_default"] / median["ours"], speedup_over_best=median["trl_best"] / median["ours"])
+    peak = matmul_peak()
+    result.update(bf16_matmul_flops=peak, parameters=parameters, share_of_peak=6 * parameters * result["tasks"]["pretrain"]["tokens_per_second"]["ours"] / peak)
+    return result
+
+
+def main():
+    a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    a.add_argument("--tokens", type=int, default=6000, help="tokens of each task (%(default)s)")
+    a.add_argument("--rounds", type=int, default=2, help="times each arm runs (%(default)s)")
+    a = a.parse_args()
+    from domain_llm.core import save_result
+    start = time.time()
+    result = bench(a.tokens, a.rounds)
+    for task, r in result["tasks"].items(): print(f"{task}: {r['speedup_over_default']:.2f}x TRL's defaults, {r['speedup_over_best']:.2f}x its best configuration")
+    print(f"{result['share_of_peak']:.0%} of the bf16 matmul peak ({result['bf16_matmul_flops'] / 1e9:.0f} GFLOP/s)")
+    print(save_result("bench_train", result, started=start))
+
+
+if __name__ == "__main__": main()
