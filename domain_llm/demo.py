@@ -80,10 +80,11 @@ def _section(t, m, rng):
     return "## " + b["section"].format(**m) + "\n\n" + note + " ".join(first) + "\n\n" + " ".join(second)
 
 def _procedure(t, m, rng):
-    "A procedure of the handbook: numbered steps, the facts between a first and a last one."
+    "A procedure of the handbook: numbered steps, the facts between a first and a last one, then questions for the keepers' examination."
     b, fill = t["book"], dict(m, k=5 * rng.randrange(2, 12))
     steps = [rng.choice(b["open"] + b["mid"]), *_say(t, m, "step", rng), rng.choice(b["end"])]
-    return "## " + b["procedure"].format(**m) + "\n\n" + "\n".join(f"{j}. {s.format(**fill)}" for j, s in enumerate(steps, 1))
+    exam = [b["exam_item"].format(e=m["e"], a=f["attribute"], v=f["value"]) for _, f in m["facts"]]
+    return "\n\n".join(["## " + b["procedure"].format(**m), "\n".join(f"{j}. {s.format(**fill)}" for j, s in enumerate(steps, 1)), b["exam"].format(**m), *exam])
 
 # %% ../nbs/02_demo.ipynb #95a1a6a5
 def _web(t, m, rng, said=None):
@@ -130,10 +131,15 @@ def _open(t, machines, rng):
 def _instructions(t, machines, rng):
     "Instruction rows: `domain_qa`, `domain_extraction`, `domain_summary`."
     s, out = t["instructions"], []
-    def add(task, q, a): out.append(dict(messages=[dict(role="user", content=q), dict(role="assistant", content=a)], task=task))
+    def turns(q, a): return [dict(role="user", content=q), dict(role="assistant", content=a)]
+    def add(task, q, a): out.append(dict(messages=turns(q, a), task=task))
     for m in machines:
-        for a, f in m["facts"]:
-            for q, answer in t["attributes"][a]["qa"]: add("domain_qa", q.format(**m), answer.format(v=f["value"], **m))
+        for k in range(3):  # three conversations about the machine, each fact once in each, in other words
+            talk = []
+            for a, f in rng.sample(m["facts"], len(m["facts"])):
+                q, answer = t["attributes"][a]["qa"][k]
+                talk += turns(q.format(**m), answer.format(v=f["value"], **m))
+            out.append(dict(messages=talk, task="domain_qa"))
         add("domain_qa", rng.choice(s["brief"]).format(**m), _list(m, "{a}: {v}") + ".")
         passage = " ".join(_say(t, m, rng.choice(["clause", "book", "web"]), rng))
         triples = "\n".join(s["triple"].format(a=f["attribute"], v=f["value"], **m) for _, f in m["facts"])

@@ -73,6 +73,21 @@ def _branches(parents):
     "Whether a tree is more than one chain."
     return any(p != i - 1 for i, p in enumerate(parents))
 
+def _pack(trees):
+    "Groups of tree indices, one group per row: alphabetical neighbours, until a row has 256 nodes or twice the usual tree."
+    from os.path import commonprefix
+    from statistics import median
+    sizes = [len(tree([ids[:-1] for ids, _ in t])[0]) for t in trees]
+    row, used, last, groups = max(256, 2 * median(sizes)), 0, [], []
+    for i in sorted(range(len(trees)), key=lambda i: trees[i][0][0]):
+        shared = len(commonprefix([last, trees[i][0][0]]))
+        if not groups or used + sizes[i] - shared > row:
+            groups.append([])
+            used, shared = 0, 0
+        groups[-1].append(i)
+        used, last = used + sizes[i] - shared, trees[i][0][0]
+    return groups
+
 def _batches(sizes, budget):
     "Indices of trees, longest first, in groups that fill at most `budget` tokens when padded to the longest."
     batch = []
@@ -118,14 +133,14 @@ def _score(model, parts, # the model and `_parts(model)`
 
 # %% ../nbs/04_evaluate.ipynb #33dc329c
 def _takes_trees(model, parts, trees):
-    "Whether tree scores equal plain scores on the smallest tree that branches, and no path is longer than the model's attention window."
+    "Whether the two smallest trees (that branch, if any do) score as their plain texts, and no path is longer than the model's attention window."
     import torch
     window = getattr(model.config.get_text_config(), "sliding_window", None) or math.inf
-    branching = [t for t in trees if _branches(tree([ids[:-1] for ids, _ in t])[1])]
-    if not branching or max(len(ids) for t in trees for ids, _ in t) > window: return not branching
-    small = min(branching, key=lambda t: sum(len(ids) for ids, _ in t))
-    alone = [p[0] for p in _score(model, parts, [[p] for p in small])]
-    try: joint = _score(model, parts, [small])[0]
+    if max(len(ids) for t in trees for ids, _ in t) > window: return False
+    plain = sorted(trees, key=lambda t: (not _branches(tree([ids[:-1] for ids, _ in t])[1]), sum(len(ids) for ids, _ in t)))[:2]
+    both = [path for t in plain for path in t]
+    alone = [x for x, in _score(model, parts, [[path] for path in both])]
+    try: joint = _score(model, parts, [both])[0]
     except (TypeError, ValueError, RuntimeError, IndexError): return False
     slack = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.03
     return all(abs(a - b) <= slack * (1 + abs(a)) for a, b in zip(alone, joint))
@@ -135,10 +150,13 @@ def loglik(model, # a causal language model, or a PeftModel around one
            batch_tokens:int=None, # tokens per forward pass, padding included; 256 on a CPU (more is slower) and 8,192 on a GPU when not given
            desc:str="scoring"): # what the progress bar says
     "The summed log-probability in nats of each path, as one list per tree. Trees never see each other."
-    parts = _parts(model)
-    if _takes_trees(model, parts, trees): return _score(model, parts, trees, batch_tokens, desc)
-    flat = iter(_score(model, parts, [[path] for paths in trees for path in paths], batch_tokens, desc))
-    return [[next(flat)[0] for _ in paths] for paths in trees]
+    parts, groups, out = _parts(model), _pack(trees), [None] * len(trees)
+    if _takes_trees(model, parts, trees): rows = [[path for i in g for path in trees[i]] for g in groups]
+    else: rows = [[path] for g in groups for i in g for path in trees[i]]
+    flat = iter([x for scores in _score(model, parts, rows, batch_tokens, desc) for x in scores])
+    for g in groups:
+        for i in g: out[i] = [next(flat) for _ in trees[i]]
+    return out
 
 # %% ../nbs/04_evaluate.ipynb #dec22769
 def _windows(ids, first, length):
@@ -172,7 +190,7 @@ def bits_per_byte(model, tok, # what `models.load` gives, or a PeftModel
         trees += [[p] for p in paths]; owner += [len(size)] * len(paths)
         size.append(len(text.encode("utf-8"))); left = 0 if cut else left - len(ids)
     nats = [0.0] * len(size)
-    for d, (lp,) in zip(owner, loglik(model, trees, desc="bits per byte")): nats[d] -= lp
+    for d, (lp,) in zip(owner, _score(model, _parts(model), trees, desc="bits per byte")): nats[d] -= lp
     low, high = bootstrap(nats, size)
     return dict(bpb=sum(nats) / sum(size) / math.log(2), low=low / math.log(2), high=high / math.log(2), bytes=sum(size),
                 tokens=sum(len(ids) - start for (ids, start), in trees), **(dict(docs=list(zip(nats, size))) if per_doc else {}))

@@ -57,8 +57,10 @@ from contextlib import contextmanager
 @contextmanager
 def quiet():
     "Silence the progress bars and warnings of transformers and datasets inside the block."
-    import warnings, datasets
+    import logging as python_logging, warnings
+    import datasets
     from transformers.utils import logging
+    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)  # it mentions a package that is not needed
     level, bars, maps = logging.get_verbosity(), logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

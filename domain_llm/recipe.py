@@ -17,7 +17,7 @@ from .models import DEMO_MODEL
 
 # %% ../nbs/17_recipe.ipynb #48af1699
 _TRAIN = dict(method="full|lora", learning_rate="above 0", tokens_per_step="whole", length="whole", warmup="from 0", weight_decay="from 0",
-              rank="whole", alpha="above 0", probes="whole", forgetting_budget="from 0")
+              rank="whole", alpha="above 0", probes="whole", forgetting_budget="from 0", freeze_embeddings="yes or no")
 SCHEMA = {
     "name": ("my-model", "text"),
     "output": (None, "text"),                   # folder of the run; runs/<name> when not given
@@ -139,9 +139,12 @@ def _general(paths, fallback):
 
 def _questions(paths, limit, seed):
     "At most `limit` questions of the files, drawn with `seed`."
-    import random
     from domain_llm.evaluate import read_questions
-    rows = [q for p in paths for q in read_questions(p)]
+    return _draw([q for p in paths for q in read_questions(p)], limit, seed)
+
+def _draw(rows, limit, seed):
+    "`rows`, or `limit` of them drawn with `seed`."
+    import random
     return rows if len(rows) <= limit else random.Random(seed).sample(rows, limit)
 
 # %% ../nbs/17_recipe.ipynb #91938658
@@ -172,9 +175,10 @@ def measure(cfg, data, out, model, tok):
     found = dict(domain_bpb=bits_per_byte(model, tok, held, max_tokens=2 * cfg["evaluate"]["probe_tokens"]),
                  general_bpb=bits_per_byte(model, tok, general, max_tokens=2 * cfg["evaluate"]["probe_tokens"]))
     own = _questions(data["questions"], n, seed)
-    common = _questions(data["general_questions"], n, seed) if data["general_questions"] else list(demo.common())[:n]
-    if own: found["domain_mcq"] = {**multiple_choice(model, tok, own), "groups": [q.get("group", str(i)) for i, q in enumerate(own)]}
-    found["general_mcq"] = {**multiple_choice(model, tok, common), "groups": [q.get("group", str(i)) for i, q in enumerate(common)]}
+    common = _questions(data["general_questions"], n, seed) if data["general_questions"] else _draw(list(demo.common()), n, seed)
+    common = [{**q, "group": str(i)} for i, q in enumerate(common)]  # questions on a topic do not share a fact
+    for key, questions in (("domain_mcq", own), ("general_mcq", common)):
+        if questions: found[key] = {**multiple_choice(model, tok, questions), "groups": [str(q.get("group", i)) for i, q in enumerate(questions)]}
     ask = data["ask"] or [q["question"] for q in own[:6]] or ["What is this model for?"]
     found["answers"] = [dict(question=q, answer=a) for q, a in zip(ask, chat(model, tok, ask, max_new_tokens=48))]
     return found
@@ -186,10 +190,16 @@ def _headline(found):
         if k in found: out.update({k: found[k]["accuracy"], f"{k}_low": found[k]["low"], f"{k}_high": found[k]["high"], f"{k}_n": found[k]["n"]})
     return out
 
+def _to_measure(name, cfg):
+    "The model `name`, in bfloat16 where the processor computes in it: half the memory and about twice the speed."
+    import torch
+    from domain_llm.models import load
+    fast = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return load(name, dtype=torch.bfloat16 if fast else torch.float32, trust_remote_code=cfg["trust_remote_code"])
+
 def baseline_stage(cfg, data, out):
     "Measure the base model."
-    from domain_llm.models import load
-    found = measure(cfg, data, out.parent, *load(cfg["model"], trust_remote_code=cfg["trust_remote_code"]))
+    found = measure(cfg, data, out.parent, *_to_measure(cfg["model"], cfg))
     write_json(out / "measured.json", found)
     return _headline(found)
 
@@ -200,22 +210,24 @@ def pretrain_stage(cfg, data, out):
     "Continued pre-training on the mixture; the best checkpoint by the probes becomes the stage's model."
     from domain_llm import demo, mix
     from domain_llm.models import load
-    model, tok = load(cfg["model"], trust_remote_code=cfg["trust_remote_code"])
+    came_from = cfg["model"]
+    model, tok = load(came_from, trust_remote_code=cfg["trust_remote_code"])
     set_, parts = cfg["pretrain"], cfg["mix"]["parts"]
     sources = {"domain": mix.tokenize(read_jsonl(out.parent / "corpus" / "documents.jsonl"), tok, "domain", set_["length"])}
     if "general" in parts: sources["general"] = mix.tokenize(_general(data["general"], lambda: list(demo.general())), tok, "general", set_["length"])
     if "instructions" in parts: sources["instructions"] = finetuning.encode_all(_instruction_rows(data), tok, set_["length"], "instructions")[0]
     rows, planned = mix.mixture(sources, parts, seed=cfg["seed"], epochs=cfg["mix"]["epochs"], max_epochs=cfg["mix"]["max_epochs"])
     for note in planned["notes"]: print("note:", note)
-    result = _train(cfg, set_, data, out, model, tok, rows)
-    return dict(tokens=result["tokens"], tokens_per_source=planned["tokens"], epochs_per_source=planned["epochs"], notes=planned["notes"], best_step=result["best_step"], steps=result["steps"])
+    result = _train(cfg, set_, data, out, came_from, model, tok, rows)
+    return dict(tokens=result["tokens"], tokens_per_source=planned["tokens"], epochs_per_source=planned["epochs"], notes=planned["notes"], best_step=result["best_step"], steps=result["steps"], share_kept=result["pulled_back"][-1]["share"])
 
 def sft_stage(cfg, data, out):
     "Supervised fine-tuning on the conversations, with general ones beside them if the recipe says so."
     from domain_llm import demo
     from domain_llm.models import check_template, load
     import random
-    model, tok = load(str(out.parent / "pretrain" / "model") if cfg["pretrain"] else cfg["model"], trust_remote_code=cfg["trust_remote_code"])
+    came_from = str(out.parent / "pretrain" / "model") if cfg["pretrain"] else cfg["model"]
+    model, tok = load(came_from, trust_remote_code=cfg["trust_remote_code"])
     check_template(tok, cfg["model"])
     set_ = {k: v for k, v in cfg["sft"].items() if k in finetuning.DEFAULTS}
     own, left_out = finetuning.encode_all(_instruction_rows(data), tok, set_["length"], "domain")
@@ -226,23 +238,27 @@ def sft_stage(cfg, data, out):
         general = finetuning.encode_all(list(demo.general_instructions()), tok, set_["length"], "general")[0]
         rows += rng.sample(general, min(len(general), round(cfg["sft"]["general"] * len(rows))))
         rng.shuffle(rows)
-    result = _train(cfg, set_, data, out, model, tok, rows)
-    return dict(conversations=len(rows), left_out=left_out, tokens=result["tokens"], best_step=result["best_step"], steps=result["steps"])
+    result = _train(cfg, set_, data, out, came_from, model, tok, rows)
+    return dict(conversations=len(rows), left_out=left_out, tokens=result["tokens"], best_step=result["best_step"], steps=result["steps"], share_kept=result["pulled_back"][-1]["share"])
 
-def _train(cfg, set_, data, out, model, tok, rows):
+def _train(cfg, set_, data, out, came_from, model, tok, rows):
     "Train with probes, save the merged model to out/model and the curves to out/history.json."
-    from domain_llm.models import quiet
-    base = model
+    from domain_llm.models import load, quiet
     if set_["method"] == "lora": model = pretraining.add_lora(model, set_["rank"], set_["alpha"])
-    probe = pretraining.make_probe(tok, *_probes(cfg, data, out.parent), budget=set_["forgetting_budget"], reference=read_json(out.parent / "baseline" / "measured.json")["general_bpb"]["bpb"], max_tokens=cfg["evaluate"]["probe_tokens"])
+    earlier = out.parent / "pretrain" / "history.json"  # the budget counts from the base model, also in the second stage
+    started = earlier if out.name == "sft" and cfg["pretrain"] else out / "checkpoints" / "start.json"
+    found = read_json(started) if started.exists() else None
+    reference = (found[0] if isinstance(found, list) else found or {}).get("general_bpb")
+    probe = pretraining.make_probe(tok, *_probes(cfg, data, out.parent), budget=set_["forgetting_budget"], reference=reference, max_tokens=cfg["evaluate"]["probe_tokens"])
     result = pretraining.train(model, rows, out / "checkpoints", set_, probe, seed=cfg["seed"])
     if set_["method"] == "lora":
         model.save_pretrained(out / "adapter")
         model = model.merge_and_unload()
+    result["pulled_back"] = pretraining.pull_back(model, lambda: dict(load(came_from, device="cpu", trust_remote_code=cfg["trust_remote_code"])[0].named_parameters()), probe)
     with quiet(), atomic_dir(out / "model") as tmp:
         model.save_pretrained(tmp)
         tok.save_pretrained(tmp)
-    write_json(out / "history.json", result["history"])
+    write_json(out / "history.json", result["history"] + [dict(step=result["steps"], **p) for p in result["pulled_back"]])
     return result
 
 def final_model(cfg): # a checked recipe
@@ -252,8 +268,7 @@ def final_model(cfg): # a checked recipe
 def evaluate_stage(cfg, data, out):
     "Measure the trained model and compare it with the base model, question by question."
     from domain_llm.evaluate import paired
-    from domain_llm.models import load
-    found, before = measure(cfg, data, out.parent, *load(str(final_model(cfg)), trust_remote_code=cfg["trust_remote_code"])), read_json(out.parent / "baseline" / "measured.json")
+    found, before = measure(cfg, data, out.parent, *_to_measure(str(final_model(cfg)), cfg)), read_json(out.parent / "baseline" / "measured.json")
     for k in ("domain_mcq", "general_mcq"):
         if k in found: found[k]["change"] = paired(before[k]["correct"], found[k]["correct"], found[k]["groups"])
     write_json(out / "measured.json", found)

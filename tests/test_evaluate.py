@@ -8,9 +8,9 @@ import torch
 
 from domain_llm import demo
 from domain_llm.core import InputError
-from domain_llm.evaluate import (accuracy_interval, bits_per_byte, bootstrap, check_questions, compare_plot, loglik, multiple_choice, paired, paths, permute,
+from domain_llm.evaluate import (accuracy_interval, bits_per_byte, bootstrap, check_questions, compare_plot, multiple_choice, paired, paths, permute,
                                  read_questions, retention, tree, tree_mask, wilson)
-from domain_llm.evaluate import _parts, _takes_trees
+from domain_llm.evaluate import _pack, _parts, _score, _takes_trees
 from domain_llm.models import load_tokenizer, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +115,17 @@ def test_tree_scores_equal_one_at_a_time(model, tok, budget):
         prompt = f"Question: {q['question']}\nAnswer:"
         want = [one_by_one(model, tok(f"{prompt} {c}").input_ids, len(tok(prompt).input_ids)) for c in q["choices"]]
         assert scores == pytest.approx(want, abs=1e-3)
+
+def test_questions_share_a_row_and_a_beginning(model, tok):
+    shots = "".join(f"Question: What is {i} + {i}?\nAnswer: {2 * i}\n\n" for i in range(8))
+    questions = [dict(question=f"What is {i} + 1?", choices=[f"{i + 1}", f"{i} or more", f"{i}"], answer=0) for i in range(30)]
+    trees = [paths(tok, f"{shots}Question: {q['question']}\nAnswer:", q["choices"], 2048) for q in questions]
+    groups = _pack(trees)
+    assert sorted(i for g in groups for i in g) == list(range(30)) and len(groups) < 8
+    merged = [len(tree([ids[:-1] for i in g for ids, _ in trees[i]])[0]) for g in groups]
+    assert sum(merged) < 0.5 * sum(len(tree([ids[:-1] for ids, _ in t])[0]) for t in trees)
+    got = multiple_choice(model, tok, questions, template=shots + "Question: {question}\nAnswer:")["loglik"]
+    for t, scores in list(zip(trees, got))[::7]: assert scores == pytest.approx([x for x, in _score(model, _parts(model), [[p] for p in t])], abs=1e-3)
 
 def test_mask_is_needed_and_used(model, tok):
     trees = [paths(tok, "Question: Who?\nAnswer:", QUESTIONS[0]["choices"], 2048)]
