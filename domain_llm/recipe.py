@@ -17,7 +17,7 @@ from .models import DEMO_MODEL
 
 # %% ../nbs/17_recipe.ipynb #48af1699
 _TRAIN = dict(method="full|lora", learning_rate="above 0", tokens_per_step="whole", length="whole", warmup="from 0", weight_decay="from 0",
-              rank="whole", alpha="above 0", probes="whole", forgetting_budget="from 0", freeze_embeddings="yes or no")
+              rank="whole", alpha="above 0", probes="whole", forgetting_budget="from 0")
 SCHEMA = {
     "name": ("my-model", "text"),
     "output": (None, "text"),                   # folder of the run; runs/<name> when not given
@@ -122,11 +122,11 @@ def read_recipe(path=None): # a YAML file; the demo's recipe when not given
 # %% ../nbs/17_recipe.ipynb #170bf008
 def gather(cfg:dict): # a checked recipe
     "Paths and rows for every role of `data`, the package's own where the recipe names none. Demo files are written under the output folder."
-    from domain_llm import corpus, demo
+    from domain_llm import demo
     data, out = dict(cfg["data"]), Path(cfg["output"])
     if cfg["demo"]:
         made = out / "demo"
-        if not (made / "truth.json").exists(): demo.write(made, seed=cfg["seed"], entities=cfg["demo"])
+        demo.write(made, seed=cfg["seed"], entities=cfg["demo"])  # the same bytes each time, so an unchanged demo changes no fingerprint
         own = dict(documents=made / "docs", instructions=made / "instructions" / "domain.jsonl", questions=made / "questions" / "domain_mcq.jsonl")
         for k, p in own.items(): data[k] = data[k] or [str(p)]
         data["ask"] = data["ask"] or [q["question"] for q in read_jsonl(made / "questions" / "open.jsonl")[:40:7]]

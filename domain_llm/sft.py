@@ -76,7 +76,6 @@ DEFAULTS = dict(
     rank=16, alpha=32,        # LoRA: rank of the adapter and its scale
     probes=2,                 # how often the probes run and a checkpoint is written
     forgetting_budget=0.1,    # general bits per byte may rise by this share at most in the chosen checkpoint
-    freeze_embeddings=True,   # leave the token embeddings as they are (full tuning only)
 )
 
 def encode_all(rows:list, # instruction rows

@@ -67,7 +67,8 @@ def test_best_checkpoint_is_chosen_within_the_budget():
     real, ev.bits_per_byte = ev.bits_per_byte, fake
     try:
         probe = pretrain.make_probe(None, "d", "g", budget=0.1)
-        scores = [probe(type("M", (), {"device": torch.device("cpu")})())["score"] for _ in range(3)]
+        cpu = type("Model", (), {"device": torch.device("cpu")})()
+        scores = [probe(cpu)["score"] for _ in range(3)]
     finally: ev.bits_per_byte = real
     assert min(range(3), key=scores.__getitem__) == 1
 

@@ -12,8 +12,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 def test_notebook_runs(path):
     "In a process of its own, with a time limit, slow and cuda cells left out."
     env = {**os.environ, "MPLBACKEND": "agg"}
-    p = subprocess.run([sys.executable, "-m", "nbdev.test", "--help"], capture_output=True) if False else subprocess.run(
-        ["nbdev_test", "--path", str(path), "--n_workers", "0", "--do_print"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    p = subprocess.run(["nbdev_test", "--path", str(path), "--n_workers", "0", "--do_print"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert p.returncode == 0, (p.stdout + p.stderr)[-4000:]
 
 
