@@ -4,13 +4,13 @@
 
 With --kills N a second run is killed with SIGKILL at N points spread over it and started again each time; its figures are recorded beside the first's.
 """
-import argparse, json, os, signal, subprocess, tempfile, time
+import argparse, os, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
 
 def run(out, kill_after=None):
     "Run the demo into `out`; with `kill_after`, SIGKILL it after so many seconds. Gives whether it ended by itself."
-    p = subprocess.Popen(["domain-llm", "run", "--output", str(out)], start_new_session=True)
+    p = subprocess.Popen([str(Path(sys.executable).parent / "domain-llm"), "run", "--output", str(out)], start_new_session=True)
     try: p.wait(kill_after)
     except subprocess.TimeoutExpired:
         os.killpg(p.pid, signal.SIGKILL)
@@ -25,7 +25,8 @@ def main():
     a.add_argument("--kills", type=int, default=0)
     a = a.parse_args()
     from domain_llm.core import read_json, save_result
-    with tempfile.TemporaryDirectory(dir=".") as d:
+    Path("runs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir="runs") as d:
         start = time.time()
         run(Path(d) / "whole")
         wall, out = time.time() - start, Path(d) / "whole"
