@@ -50,7 +50,7 @@ KINDS = {
     "yes or no": ("true or false", lambda v: isinstance(v, bool)),
     "number": ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
     "whole": ("a whole number of at least 1", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1),
-    "entities": ("a whole number from 4 to 20000", lambda v: isinstance(v, int) and not isinstance(v, bool) and 4 <= v <= 20000),
+    "entities": ("a whole number from 8 to 20000", lambda v: isinstance(v, int) and not isinstance(v, bool) and 8 <= v <= 20000),
     "above 0": ("a number above 0", lambda v: _number(v) and v > 0),
     "from 0": ("a number of at least 0", lambda v: _number(v) and v >= 0),
     "share": ("a share between 0 and 1", lambda v: _number(v) and 0 < v < 1),

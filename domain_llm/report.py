@@ -24,10 +24,10 @@ def verdict(before:dict, after:dict, # what `recipe.measure` found, the second w
         learnt += f" (multiple choice {_pp(before['domain_mcq']['accuracy'])} to {_pp(after['domain_mcq']['accuracy'])}, held-out documents {ratio:+.1%} bits per byte)"
     else: learnt = ("reads the domain's held-out documents better" if ratio < 0 else "does not read the domain's held-out documents better") + f" ({ratio:+.1%} bits per byte)"
     g, c = after["general_bpb"]["bpb"] / before["general_bpb"]["bpb"] - 1, after["general_mcq"]["change"]
-    worse = c["high"] < 0
+    worse, change = c["high"] < 0, "a resolved loss" if c["high"] < 0 else "a resolved gain" if c["low"] > 0 else "no resolved change"
     kept = "kept its general ability" if g <= budget and not worse else "lost general ability"
     return (f"The model {learnt} and {kept} (general text {g:+.1%} bits per byte with a budget of {budget:+.0%}; common knowledge {_pp(before['general_mcq']['accuracy'])} to "
-            f"{_pp(after['general_mcq']['accuracy'])}, {'a resolved loss' if worse else 'no resolved loss'}, p = {c['p']:.2g}).")
+            f"{_pp(after['general_mcq']['accuracy'])}, {change}, p = {c['p']:.2g}).")
 
 # %% ../nbs/16_report.ipynb #8f666a45
 BLUE, ORANGE, GREY = "#1565c0", "#d84315", "#9e9e9e"

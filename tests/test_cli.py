@@ -42,7 +42,7 @@ RECIPES = {  # a recipe that is wrong, and what the message must name
     "method": ("demo: 8\npretrain: {method: qlora2}", "full or lora"),
     "quantization": ("demo: 8\nquantize: {types: [q3_k]}", "q8_0"),
     "seed is text": ("demo: 8\nseed: abc", "whole number"),
-    "demo too small": ("demo: 1", "4 to 20000"),
+    "demo too small": ("demo: 1", "8 to 20000"),
     "documents missing": ("data: {documents: /no/such/folder}", "/no/such/folder"),
     "questions missing": ("demo: 8\ndata: {questions: nope.jsonl}", "nope.jsonl"),
     "nothing to train": ("demo: 8\npretrain: false\nsft: false", "nothing is left to train"),
@@ -112,7 +112,7 @@ def test_wrong_model(name, names, tmp_path, capsys, tiny_folder):
 
 def test_sft_needs_a_chat_template(tmp_path, capsys, tiny_folder):
     no_template(tmp_path / "base", tiny_folder)
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(dict(model=str(tmp_path / "base"), demo=4)))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(dict(model=str(tmp_path / "base"), demo=8)))
     status, err = call(capsys, "run", tmp_path / "r.yaml")
     assert status == 2 and "no chat template" in err
 
@@ -169,13 +169,13 @@ def test_everything_too_short(tmp_path, capsys):
 
 @pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/version").exists(), reason="needs a file system that refuses")
 def test_no_write_permission(tmp_path, capsys):
-    (tmp_path / "r.yaml").write_text("demo: 4")
+    (tmp_path / "r.yaml").write_text("demo: 8")
     status, err = call(capsys, "run", tmp_path / "r.yaml", "--output", "/proc/domain_llm")
     assert status == 2 and "/proc/domain_llm" in err
 
 
 def test_output_is_a_file(tmp_path, capsys):
-    (tmp_path / "r.yaml").write_text("demo: 4"); (tmp_path / "out").write_text("x")
+    (tmp_path / "r.yaml").write_text("demo: 8"); (tmp_path / "out").write_text("x")
     status, err = call(capsys, "run", tmp_path / "r.yaml", "--output", tmp_path / "out")
     assert status == 2 and str(tmp_path / "out") in err and (tmp_path / "out").read_text() == "x"
 
@@ -183,7 +183,7 @@ def test_output_is_a_file(tmp_path, capsys):
 def test_full_disk_at_the_start(tmp_path, capsys, monkeypatch):
     import shutil
     monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    (tmp_path / "r.yaml").write_text("demo: 4")
+    (tmp_path / "r.yaml").write_text("demo: 8")
     status, err = call(capsys, "run", tmp_path / "r.yaml", "--output", tmp_path / "out")
     assert status == 2 and "free" in err
 
