@@ -263,7 +263,7 @@ def _train(cfg, set_, data, out, came_from, model, tok, rows):
 
 def final_model(cfg): # a checked recipe
     "Folder of the trained model of a run."
-    return Path(cfg["output"]) / ("sft" if cfg["sft"] else "pretrain") / "model"
+    return Path(cfg["output"]) / ("sft" if "sft" in _stages(cfg) else "pretrain") / "model"
 
 def evaluate_stage(cfg, data, out):
     "Measure the trained model and compare it with the base model, question by question."

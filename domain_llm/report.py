@@ -76,7 +76,7 @@ def plot_curves(stages:dict): # stage -> history, as from `pretrain.train`
     axes[0].set(xlabel="optimizer steps", ylabel="bits per byte, change (%)")
     axes[1].set(xlabel="optimizer steps", ylabel="training loss (nats per token)")
     axes[0].legend(frameon=False, fontsize=8)
-    axes[1].legend(frameon=False, fontsize=8)
+    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 def plot_corpus(report:dict): # as in corpus/report.json
