@@ -69,7 +69,7 @@ def trl(plain, coded, best, length):
     with tempfile.TemporaryDirectory() as d, quiet():
         args = SFTConfig(output_dir=d, use_cpu=True, learning_rate=RATE, num_train_epochs=1, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000, **kw)
         trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tok)
-        return _timed(trainer.train)
+        return _timed(lambda: trainer.train())
 
 
 def matmul_peak():
