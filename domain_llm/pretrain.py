@@ -7,7 +7,7 @@ __all__ = ['DEFAULTS', 'pack', 'collate', 'token_losses', 'settings', 'last_chec
            'pull_back']
 
 # %% ../nbs/06_pretrain.ipynb #6fd32cb4
-import json, os, shutil
+import json, shutil
 from pathlib import Path
 from .core import InputError, nearest, progress, read_json, write_json
 

@@ -8,7 +8,7 @@ __all__ = ['SCHEMA', 'KINDS', 'STAGES', 'USES', 'READS', 'check', 'read_recipe',
            'report_stage', 'stage_fingerprints', 'run', 'init']
 
 # %% ../nbs/17_recipe.ipynb #e48c3020
-import os, shutil, sys, time
+import os, shutil, time
 from importlib.resources import files
 from pathlib import Path
 from .core import (InputError, atomic_dir, fingerprint, nearest, peak_memory_gb, read_json, read_jsonl, reset_peak_memory, versions, write_json, write_jsonl)
@@ -37,7 +37,7 @@ SCHEMA = {
     "corpus": {"near_duplicate": (0.7, "share"), "min_chars": (200, "from 0"), "held_out": (0.1, "share")},
     "mix": {"parts": ({"domain": 1, "general": 1}, "parts"), "epochs": (1, "above 0"), "max_epochs": (4, "above 0")},
     "pretrain": {k: (v, _TRAIN[k]) for k, v in pretraining.DEFAULTS.items()},
-    "sft": {"epochs": (1, "above 0"), "general": (0.0, "from 0"), **{k: (v, _TRAIN[k]) for k, v in finetuning.DEFAULTS.items()}},
+    "sft": {"epochs": (1, "above 0"), **{k: (v, _TRAIN[k]) for k, v in finetuning.DEFAULTS.items()}},
     "evaluate": {"questions": (1000, "whole"), "probe_tokens": (4000, "whole")},
     "quantize": {"types": (["q8_0", "q4_0"], "quantizations")},
 }
@@ -222,10 +222,9 @@ def pretrain_stage(cfg, data, out):
     return dict(tokens=result["tokens"], tokens_per_source=planned["tokens"], epochs_per_source=planned["epochs"], notes=planned["notes"], best_step=result["best_step"], steps=result["steps"], share_kept=result["pulled_back"][-1]["share"])
 
 def sft_stage(cfg, data, out):
-    "Supervised fine-tuning on the conversations, with general ones beside them if the recipe says so."
-    from domain_llm import demo
-    from domain_llm.models import check_template, load
+    "Supervised fine-tuning on the conversations."
     import random
+    from domain_llm.models import check_template, load
     came_from = str(out.parent / "pretrain" / "model") if cfg["pretrain"] else cfg["model"]
     model, tok = load(came_from, trust_remote_code=cfg["trust_remote_code"])
     check_template(tok, cfg["model"])
@@ -234,10 +233,6 @@ def sft_stage(cfg, data, out):
     rng, rows = random.Random(cfg["seed"]), []
     wanted = cfg["sft"]["epochs"] * len(own)
     while len(rows) < wanted: rows += rng.sample(own, min(len(own), int(wanted - len(rows) + 0.999)))
-    if cfg["sft"]["general"]:
-        general = finetuning.encode_all(list(demo.general_instructions()), tok, set_["length"], "general")[0]
-        rows += rng.sample(general, min(len(general), round(cfg["sft"]["general"] * len(rows))))
-        rng.shuffle(rows)
     result = _train(cfg, set_, data, out, came_from, model, tok, rows)
     return dict(conversations=len(rows), left_out=left_out, tokens=result["tokens"], best_step=result["best_step"], steps=result["steps"], share_kept=result["pulled_back"][-1]["share"])
 
@@ -276,15 +271,14 @@ def evaluate_stage(cfg, data, out):
 
 # %% ../nbs/17_recipe.ipynb #e329f107
 def quantize_stage(cfg, data, out):
-    "Write GGUF files, check each against the model it came from, and let the smallest answer the sample questions."
+    "Write GGUF files, check each against the model it came from, and let the first answer the sample questions."
     from domain_llm import quantize
     from domain_llm.models import load
     made = quantize.export_gguf(final_model(cfg), out, types=tuple(cfg["quantize"]["types"]))
     model, tok = load(str(final_model(cfg)), trust_remote_code=cfg["trust_remote_code"])
     ask = [a["question"] for a in read_json(out.parent / "evaluate" / "measured.json")["answers"]]
     checks = {t: quantize.check(p, model, tok, ask) for t, p in made.items()}
-    best = made[cfg["quantize"]["types"][0]]
-    said = quantize.complete(best, [[{"role": "user", "content": q}] for q in ask], max_tokens=48)
+    said = quantize.complete(made[cfg["quantize"]["types"][0]], [[{"role": "user", "content": q}] for q in ask], max_tokens=48)
     write_json(out / "checks.json", dict(files={t: Path(p).name for t, p in made.items()}, checks=checks, answers=[dict(question=q, answer=a) for q, a in zip(ask, said)]))
     return {f"{t}_mb": round(Path(p).stat().st_size / 1e6, 1) for t, p in made.items()} | {f"{t}_agreement": checks[t]["agreement"] for t in made}
 

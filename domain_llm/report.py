@@ -6,10 +6,10 @@
 __all__ = ['BLUE', 'ORANGE', 'GREY', 'verdict', 'plot_change', 'plot_curves', 'plot_corpus', 'collect', 'write_report']
 
 # %% ../nbs/16_report.ipynb #297dbf92
-import io, json
+import io
 from importlib.resources import files
 from pathlib import Path
-from .core import InputError, atomic_file, read_json, read_jsonl, write_json
+from .core import atomic_file, read_json, write_json
 
 # %% ../nbs/16_report.ipynb #a0ea7278
 def _pp(x): return f"{x:.0%}"

@@ -4,7 +4,7 @@
 
 The folder holds security/{standard,book,web} (OWASP, PDF and Markdown) and general/ (WikiText-2, C4). recipes/security.yaml says what is done with them.
 """
-import argparse, os, shutil, tempfile, time
+import argparse, tempfile, time
 from pathlib import Path
 
 import yaml
