@@ -199,7 +199,10 @@ def _to_measure(name, cfg):
 
 def baseline_stage(cfg, data, out):
     "Measure the base model."
-    found = measure(cfg, data, out.parent, *_to_measure(cfg["model"], cfg))
+    from domain_llm.models import check_template
+    model, tok = _to_measure(cfg["model"], cfg)
+    check_template(tok, cfg["model"])
+    found = measure(cfg, data, out.parent, model, tok)
     write_json(out / "measured.json", found)
     return _headline(found)
 
@@ -224,10 +227,9 @@ def pretrain_stage(cfg, data, out):
 def sft_stage(cfg, data, out):
     "Supervised fine-tuning on the conversations."
     import random
-    from domain_llm.models import check_template, load
+    from domain_llm.models import load
     came_from = str(out.parent / "pretrain" / "model") if cfg["pretrain"] else cfg["model"]
     model, tok = load(came_from, trust_remote_code=cfg["trust_remote_code"])
-    check_template(tok, cfg["model"])
     set_ = {k: v for k, v in cfg["sft"].items() if k in finetuning.DEFAULTS}
     own, left_out = finetuning.encode_all(_instruction_rows(data), tok, set_["length"], "domain")
     rng, rows = random.Random(cfg["seed"]), []
