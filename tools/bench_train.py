@@ -1,24 +1,26 @@
 """Training speed beside TRL's SFTTrainer: same model, rows, precision and machine, in one run, arms in turn.
 
-    python tools/bench_train.py [--tokens 6000] [--rounds 2]      # writes nbs/results/bench_train.json
+    python tools/bench_train.py [--tokens 12000] [--rounds 3]      # writes nbs/results/bench_train.json
 
 Tasks: continued pre-training (tokens per second) and fine-tuning on conversations (rows per second). The learning rate is so small that no weight moves,
 so the mean loss of every arm is over the same tokens of the same model and must agree; all other work of a step is done.
 """
-import argparse, statistics, tempfile, time, warnings
+import argparse, json, statistics, subprocess, sys, tempfile, time, warnings
 
 warnings.filterwarnings("ignore")
 RATE = 1e-12
+LENGTH = 1024
 
 
 def rows_of(task, tok, tokens):
-    "Plain rows (documents or conversations) of about `tokens` tokens, and their token rows."
+    "About `tokens` tokens of rows: documents (Python's documentation, of very different lengths, as real documents are) or conversations (general ones)."
+    import random
     from domain_llm import demo, mix, sft
-    world, plain, coded, n = demo.make(entities=60), [], [], 0
-    for r in world["documents"] if task == "pretrain" else world["instructions"]:
-        new = mix.tokenize([r], tok, "a", 1024) if task == "pretrain" else sft.encode(r["messages"], tok)
-        plain.append(r); coded += new; n += sum(len(x["input_ids"]) for x in new)
-        if n >= tokens: return plain, coded
+    found, coded = list(demo.python_docs() if task == "pretrain" else demo.general_instructions()), []
+    for r in random.Random(0).sample(found, len(found)):
+        coded += mix.tokenize([r], tok, "a", LENGTH) if task == "pretrain" else sft.encode(r["messages"], tok)
+        if sum(len(x["input_ids"]) for x in coded) >= tokens: break
+    return coded
 
 
 def ours(coded, length):
@@ -30,35 +32,34 @@ def ours(coded, length):
 
 
 def _timed(run):
-    "Seconds in the trainer's loop and the mean loss per labelled token, caught from the Trainer itself."
+    "Seconds in the trainer's loop after its first two steps, as if for all rows, and the mean loss per labelled token, caught from the Trainer itself."
     import transformers
-    seen, real = {}, transformers.Trainer.train
+    seen, real = dict(losses=0.0, labels=0, cold=0), transformers.Trainer.train
     def train(self, *a, **kw):
-        from transformers import TrainerCallback
-        class Clock(TrainerCallback):
-            def on_step_begin(self, args, state, control, **k): seen.setdefault("start", time.perf_counter())
-            def on_step_end(self, args, state, control, **k): seen["end"] = time.perf_counter()
+        class Clock(transformers.TrainerCallback):
+            def on_step_end(self, args, state, control, **k):
+                seen["end"] = time.perf_counter()
+                if state.global_step == 2: seen["start"], seen["cold"] = seen["end"], seen["labels"]
         self.add_callback(Clock())
         self._save_checkpoint = lambda *a, **k: None
-        sums = seen["sums"] = [0.0, 0]
         inner = self.compute_loss
         def compute_loss(model, inputs, *a, **k):
-            labels = inputs["labels"]
-            n = int((labels[:, 1:] != -100).sum())
+            n = int((inputs["labels"][:, 1:] != -100).sum())
             loss = inner(model, inputs, *a, **k)
             value = (loss[0] if isinstance(loss, tuple) else loss).item()
             items = k.get("num_items_in_batch")
-            sums[0] += value * (float(items) if items is not None else n); sums[1] += n
+            seen["losses"] += value * (float(items) if items is not None else n)
+            seen["labels"] += n
             return loss
         self.compute_loss = compute_loss
         return real(self, *a, **kw)
     transformers.Trainer.train = train
     try: run()
     finally: transformers.Trainer.train = real
-    return dict(seconds=seen["end"] - seen["start"], loss=seen["sums"][0] / seen["sums"][1])
+    return dict(seconds=(seen["end"] - seen["start"]) * seen["labels"] / (seen["labels"] - seen["cold"]), loss=seen["losses"] / seen["labels"])
 
 
-def trl(plain, coded, best, length):
+def trl(coded, best, length):
     "SFTTrainer as it comes, or in the fastest configuration found: packed rows, no checkpointing, bf16, full row per step."
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -83,20 +84,28 @@ def matmul_peak():
     return 2 * 4096**3 / best
 
 
-def bench(tokens=6000, rounds=2):
+ARMS = dict(ours=lambda coded: ours(coded, LENGTH), trl_default=lambda coded: trl(coded, False, LENGTH), trl_best=lambda coded: trl(coded, True, LENGTH))
+
+
+def arm(task, name, tokens):
+    "One arm in a process of its own, so that nothing that it sets reaches another; gives its figures."
+    p = subprocess.run([sys.executable, __file__, "--arm", task, name, "--tokens", str(tokens)], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(p.stdout.splitlines()[-1])
+
+
+def bench(tokens, rounds):
     from domain_llm.models import load
     model, tok = load()
     parameters = sum(p.numel() for p in model.parameters())
     del model
-    result, length = dict(tasks={}, rounds=rounds), 1024
+    result = dict(tasks={}, rounds=rounds)
     for task in ("pretrain", "sft"):
-        plain, coded = rows_of(task, tok, tokens)
+        coded = rows_of(task, tok, tokens)
         n = sum(len(r["input_ids"]) for r in coded)
-        arms = dict(ours=lambda: ours(coded, length), trl_default=lambda: trl(plain, coded, False, length), trl_best=lambda: trl(plain, coded, True, length))
-        taken = {a: [] for a in arms}
+        taken = {a: [] for a in ARMS}
         for i in range(rounds):
-            for name, run in arms.items():
-                r = run()
+            for name in ARMS:
+                r = arm(task, name, tokens)
                 taken[name].append(r)
                 print(f"{task} round {i + 1} {name}: {n / r['seconds']:.0f} tokens/s, {len(coded) / r['seconds']:.2f} rows/s, loss {r['loss']:.4f}", flush=True)
         median = {a: statistics.median(r["seconds"] for r in rs) for a, rs in taken.items()}
@@ -109,9 +118,13 @@ def bench(tokens=6000, rounds=2):
 
 def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    a.add_argument("--tokens", type=int, default=6000, help="tokens of each task (%(default)s)")
-    a.add_argument("--rounds", type=int, default=2, help="times each arm runs (%(default)s)")
+    a.add_argument("--tokens", type=int, default=12000, help="tokens of each task (%(default)s)")
+    a.add_argument("--rounds", type=int, default=3, help="times each arm runs (%(default)s)")
+    a.add_argument("--arm", nargs=2, metavar=("TASK", "ARM"), help="run one arm and print its figures")
     a = a.parse_args()
+    if a.arm:
+        from domain_llm.models import load_tokenizer
+        return print(json.dumps(ARMS[a.arm[1]](rows_of(a.arm[0], load_tokenizer(), a.tokens))))
     from domain_llm.core import save_result
     start = time.time()
     result = bench(a.tokens, a.rounds)
