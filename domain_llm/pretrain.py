@@ -119,9 +119,12 @@ def _optimizer_class():
 
         @torch.no_grad()
         def step(self, closure=None):
-            for m, w in zip(self.masters(), self.weights): m.grad = None if w.grad is None else w.grad.float()
+            for m, w in zip(self.masters(), self.weights):
+                if w.grad is None: m.grad = None
+                elif m.grad is None: m.grad = w.grad.float()
+                else: m.grad.copy_(w.grad)  # into the same memory at every step
             super().step(closure)
-            for m, w in zip(self.masters(), self.weights): w.copy_(m); m.grad = None
+            for m, w in zip(self.masters(), self.weights): w.copy_(m)
 
         def zero_grad(self, set_to_none=True):
             for w in self.weights: w.grad = None

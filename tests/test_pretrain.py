@@ -34,6 +34,57 @@ def test_documents_in_a_row_cannot_see_each_other(tok, tiny_model):
     assert torch.allclose(both[3:], alone, atol=1e-5)
 
 
+def test_attention_by_document_is_that_of_transformers(tok, tiny_model):
+    "Losses and gradients of packed documents, one longer than a block, against transformers' own attention on each document alone."
+    model, _ = tiny_model
+    rng = random.Random(0)
+    docs = [[rng.randrange(5, 400) for _ in range(n)] for n in (600, 3, 257, 1)]
+    packed = dict(input_ids=sum(docs, []), position_ids=[i for d in docs for i in range(len(d))])
+    packed["labels"] = [-100 if p == 0 else i for i, p in zip(packed["input_ids"], packed["position_ids"])]
+    weights = list(model.parameters())
+    with pretrain.documents_apart(model):
+        losses, _ = pretrain.token_losses(model, pretrain.collate([packed]))
+        ours = torch.autograd.grad(losses.sum(), weights)
+    assert model.config._attn_implementation == "sdpa"
+    alone = sum(model(input_ids=torch.tensor([d]), labels=torch.tensor([d])).loss * (len(d) - 1) for d in docs if len(d) > 1)
+    assert torch.allclose(losses.sum(), alone, rtol=1e-5)
+    for a, b in zip(ours, torch.autograd.grad(alone, weights)): assert torch.allclose(a, b, atol=1e-3 * b.abs().max().item())
+
+
+def test_another_attention_than_plain_sdpa_is_left_alone(tok):
+    from domain_llm.models import tiny
+    model = tiny(tok)
+    model.config.sliding_window = 8
+    with pretrain.documents_apart(model): assert model.config._attn_implementation == "sdpa"
+
+
+def test_master_copies_follow_32_bit_training():
+    "The same gradients: the bfloat16 weight is the 32-bit one, rounded, after every step and after a reload."
+    torch.manual_seed(0)
+    full = torch.nn.Parameter(torch.randn(50).bfloat16().float())
+    low = torch.nn.Parameter(full.detach().bfloat16())
+    make = pretrain._optimizer_class()
+    a, b = torch.optim.AdamW([dict(params=[full])], lr=1e-3, weight_decay=0.1), make([dict(params=[low])], lr=1e-3, weight_decay=0.1)
+    for step in range(20):
+        low.grad = torch.randn(50).bfloat16()
+        full.grad = low.grad.float()
+        a.step(); b.step()
+        assert torch.equal(low.detach(), full.detach().bfloat16())
+        if step == 9:
+            saved, b = b.state_dict(), make([dict(params=[low])], lr=1.0)
+            b.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("limit", (0.0, 0.3, 0.99))
+def test_pull_back_finds_the_largest_share_within_the_budget(limit):
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad(): model.weight.fill_(3.0)
+    within = lambda m: (m.weight.item() - 1) / 2 <= limit + 1e-6
+    points = pretrain.pull_back(model, lambda: {"weight": torch.ones(1, 1)}, lambda m: dict(score=0.5 if within(m) else 100.5), halvings=6)
+    share = points[-1]["share"]
+    assert limit - 1 / 64 < share <= limit and abs(model.weight.item() - (1 + 2 * share)) < 1e-6
+
+
 def test_loss_is_that_of_transformers(tok, tiny_model):
     model, _ = tiny_model
     ids = torch.tensor([[5, 6, 7, 8, 9]])
