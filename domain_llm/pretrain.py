@@ -7,7 +7,7 @@ __all__ = ['DEFAULTS', 'pack', 'collate', 'token_losses', 'documents_apart', 'ha
            'add_lora', 'train', 'make_probe', 'pull_back']
 
 # %% ../nbs/06_pretrain.ipynb #6fd32cb4
-import json, shutil, sys
+import json, shutil, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from .core import InputError, nearest, progress, read_json, write_json
@@ -214,18 +214,25 @@ def last_checkpoint(folder): # a training folder
         shutil.rmtree(path)
 
 # %% ../nbs/06_pretrain.ipynb #445c8137
-def _bar(marks, probing): # steps at which to save, and whether to probe there
-    "A callback that probes and saves at the given steps, and shows a bar with loss and probes on a terminal."
+def _bar(marks, probing, # steps at which to probe and save, and whether there are probes
+         apart:float=30): # seconds of training between two checkpoints at least
+    "A callback that probes and saves at the given steps, saves in between, and shows a bar with loss and probes on a terminal."
     from transformers import TrainerCallback
 
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw):
             self.bar, self.shown = progress(total=state.max_steps, desc="training", unit="step"), {}
             self.bar.update(state.global_step)
+            self.wait, self.saved = apart, time.monotonic()
         def on_step_end(self, args, state, control, **kw):
             self.bar.update(1)
-            control.should_save = state.global_step in marks
-            control.should_evaluate = control.should_save and probing
+            self.ended = time.monotonic()
+            control.should_evaluate = probing and state.global_step in marks
+            control.should_save = state.global_step in marks or self.ended - self.saved > self.wait
+        def on_evaluate(self, args, state, control, **kw): self.ended = time.monotonic()
+        def on_save(self, args, state, control, **kw):
+            self.saved = time.monotonic()
+            self.wait = max(apart, 20 * (self.saved - self.ended))
         def on_log(self, args, state, control, logs=None, **kw):
             self.shown.update({k.replace("eval_", ""): f"{v:.3f}" for k, v in (logs or {}).items() if k == "loss" or k.startswith("eval_") and k.endswith("bpb")})
             self.bar.set_postfix(self.shown)
