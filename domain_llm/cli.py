@@ -17,6 +17,7 @@ def _parser():
   domain-llm run                        the demo: a made-up industry, about ten minutes on a laptop CPU
   domain-llm init manuals/              write recipe.yaml for your own folder of documents
   domain-llm run recipe.yaml            train on it; the same command goes on after an interruption
+  domain-llm ablate mix                 does replay of general text help? an experiment with seeds and a verdict
   domain-llm chat runs/demo             talk to the result
   domain-llm serve runs/demo            offer it to other programs (OpenAI-compatible, this machine only)
 
@@ -54,6 +55,17 @@ run that was cut goes on from its last checkpoint: just run the same command aga
     c.add_argument("--limit", type=int, default=1000, metavar="N", help="at most so many questions (%(default)s)")
     c.add_argument("--json", metavar="FILE", help="write all figures here, per question")
     c.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+    from domain_llm.experiments import EXPERIMENTS
+    c = add("ablate", "test a rule of thumb on your documents and model", "\n\n" + "\n".join(f"{n:11} {e['about']}" for n, e in EXPERIMENTS.items()) + """
+
+Every arm runs with every seed; finished runs are kept, so the same command goes on after an interruption.
+The verdicts are printed, and the folder gets result.json and trade.png.""")
+    c.add_argument("experiment", help=" or ".join(EXPERIMENTS))
+    c.add_argument("--recipe", metavar="FILE", help="documents, model and settings; the demo's when not given")
+    c.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each arm (%(default)s)")
+    c.add_argument("--tokens", type=int, metavar="N", help="size of each run, where the experiment holds the total (30,000, or the recipe's mix.tokens)")
+    c.add_argument("--output", metavar="DIR", help="folder of the experiment; ablate/NAME in the recipe's when not given")
 
     c = add("chat", "talk to a trained model in the terminal")
     c.add_argument("model", nargs="?", default="runs/demo", help="folder of a run, or a GGUF file (%(default)s)")
@@ -121,6 +133,12 @@ def _eval(a):
         found["change"] = change
     if a.json: write_json(a.json, found)
 
+def _ablate(a):
+    from domain_llm import experiments
+    result = experiments.ablation(a.experiment, a.recipe, a.seeds, a.tokens, a.output)
+    print(experiments.told(result))
+    print(f"{os.path.relpath(result['folder'])}: result.json, trade.png")
+
 def _chat(a):
     from domain_llm.quantize import chat
     chat(_gguf(a.model))
@@ -135,7 +153,7 @@ def main(argv=None): # the words after "domain-llm"; the process's own when not 
     a = _parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from domain_llm.core import InputError
-    try: return {"run": _run, "init": _init, "corpus": _corpus, "eval": _eval, "chat": _chat, "serve": _serve}[a.command](a) or 0
+    try: return {"run": _run, "init": _init, "corpus": _corpus, "eval": _eval, "ablate": _ablate, "chat": _chat, "serve": _serve}[a.command](a) or 0
     except InputError as e: print(f"domain-llm: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt: print("\ninterrupted; the same command goes on from here", file=sys.stderr); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 141

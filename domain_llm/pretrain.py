@@ -7,7 +7,7 @@ __all__ = ['DEFAULTS', 'pack', 'collate', 'token_losses', 'documents_apart', 'ha
            'add_lora', 'train', 'make_probe', 'pull_back']
 
 # %% ../nbs/06_pretrain.ipynb #6fd32cb4
-import json, shutil, sys, time
+import gc, json, shutil, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from .core import InputError, nearest, progress, read_json, write_json
@@ -95,14 +95,20 @@ def half(model): # changed in place
     finally:
         for p, old in turned: p.data = p.data.float() if old is None else old
 
+@contextmanager
 def keep_memory():
-    "Let glibc keep freed memory for the next step instead of returning it to the system; does nothing elsewhere."
+    "Inside the block glibc keeps freed memory for the next step instead of returning it to the system; does nothing elsewhere."
     import ctypes
-    if not sys.platform.startswith("linux"): return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)           # M_MMAP_MAX: no separate mappings for large blocks
-        libc.mallopt(-1, -1)          # M_TRIM_THRESHOLD: no return of what is free at the end
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if not hasattr(libc, "mallopt"): yield; return
+    mmap_max, trim_threshold = -4, -1  # the numbers of M_MMAP_MAX and M_TRIM_THRESHOLD
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, -1)
+    try: yield
+    finally:
+        libc.mallopt(mmap_max, 65536)  # glibc's own values
+        libc.mallopt(trim_threshold, 128 * 1024)
+        libc.malloc_trim(0)
 
 # %% ../nbs/06_pretrain.ipynb #e3ab38f7
 def _optimizer_class():
@@ -262,7 +268,6 @@ def train(model, # from `load`, or with `add_lora` applied
     from transformers import TrainingArguments, set_seed
     from domain_llm.models import quiet
     with quiet(): data, names = pack(rows, cfg["length"])
-    keep_memory()
     per_step = max(1, round(cfg["tokens_per_step"] / cfg["length"]))
     steps = -(-len(data) // per_step)
     marks = {round(steps * (i + 1) / cfg["probes"]) for i in range(cfg["probes"])} - {0}
@@ -277,16 +282,20 @@ def train(model, # from `load`, or with `add_lora` applied
     set_seed(seed)
     start = Path(out) / "start.json"
     if probe and not start.exists(): write_json(start, {"step": 0, **probe(model)})
-    with quiet(), half(model), documents_apart(model):
-        trainer = _trainer_class()(model=model, args=args, train_dataset=data, eval_dataset=data if probe else None, data_collator=collate, probe=probe, sources=names,
-                                   optimizer_cls_and_kwargs=(_optimizer_class(), dict(lr=cfg["learning_rate"], fused=True)))
-        from transformers.trainer_callback import PrinterCallback
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_bar(marks, bool(probe)))
-        trainer.train(resume_from_checkpoint=str(last_checkpoint(out) or "") or None)
-    model.eval()
-    history = ([read_json(start)] if probe else []) + [{k.replace("eval_", ""): v for k, v in h.items()} for h in trainer.state.log_history if "train_runtime" not in h]
-    return dict(history=history, best_step=trainer.state.best_global_step or steps, steps=steps, tokens=sum(len(r["input_ids"]) for r in rows))
+    with quiet(), keep_memory():
+        with half(model), documents_apart(model):
+            trainer = _trainer_class()(model=model, args=args, train_dataset=data, eval_dataset=data if probe else None, data_collator=collate, probe=probe, sources=names,
+                                       optimizer_cls_and_kwargs=(_optimizer_class(), dict(lr=cfg["learning_rate"], fused=True)))
+            from transformers.trainer_callback import PrinterCallback
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(_bar(marks, bool(probe)))
+            trainer.train(resume_from_checkpoint=str(last_checkpoint(out) or "") or None)
+        model.eval()
+        history, best = trainer.state.log_history, trainer.state.best_global_step
+        del trainer
+        gc.collect()  # the optimizer's memory goes back to the system as the block ends
+    history = ([read_json(start)] if probe else []) + [{k.replace("eval_", ""): v for k, v in h.items()} for h in history if "train_runtime" not in h]
+    return dict(history=history, best_step=best or steps, steps=steps, tokens=sum(len(r["input_ids"]) for r in rows))
 
 # %% ../nbs/06_pretrain.ipynb #81f8fc82
 def make_probe(tok, # the model's tokenizer

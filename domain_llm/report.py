@@ -61,7 +61,7 @@ def plot_curves(stages:dict): # stage -> history, as from `pretrain.train`
     fig, axes = _axes(9, 2.9, 2)
     at, first = 0, None
     for stage, history in stages.items():
-        probes = [h for h in history if "domain_bpb" in h]
+        probes = [h for h in history if "domain_bpb" in h and ("share" not in h or h is history[-1])]  # of the points on the way back, the choice
         first = first or probes[0]
         for key, colour, label in (("domain_bpb", BLUE, "domain text"), ("general_bpb", ORANGE, "general text")):
             axes[0].plot([at + h["step"] for h in probes], [100 * (h[key] / first[key] - 1) for h in probes], "o-", color=colour, ms=4, label=label if at == 0 else None)
