@@ -195,7 +195,8 @@ def _files(root, prefix=""):
             if f.startswith("."): continue
             path = Path(folder) / f
             name = path.relative_to(root).as_posix()
-            yield str(path), prefix + name, _FOLDERS.get(name.split("/")[0].lower()) if "/" in name else None
+            first = name.split("/")[0].lower() if "/" in name else ""
+            yield str(path), prefix + name, _FOLDERS.get(first) or _FOLDERS.get(Path(root).resolve().name.lower())
 
 def _jobs(sources):
     "Jobs for every local source, and the names that are not local."
@@ -251,7 +252,7 @@ def read(source, # a folder (searched recursively), a file, a data set id, a Dat
          min_chars:int=1): # shorter documents are left out, and named
     """Read documents: gives (Dataset of text, source, kind, id; list of {"file", "why"} that were skipped).
 
-    A document's kind is the name of the first folder below `source` when that is a known kind (standard, book or handbook, paper, web,
+    A document's kind is the name of the first folder below `source`, or of `source` itself, when that is a known kind (standard, book or handbook, paper, web,
     news, general, or their plurals), else `kind`, else web for HTML, paper for PDF and book for the rest. Hidden files are not looked at.
     Raises InputError when nothing could be read."""
     import datasets

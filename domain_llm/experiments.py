@@ -12,7 +12,12 @@ from .core import InputError, nearest, read_json, write_json
 from . import ablate
 
 # %% ../nbs/19_experiments.ipynb #8623d736
-_RATIOS = {f"1:{n}": {"mix": {"parts": {"domain": 1, "general": n} if n else {"domain": 1}}} for n in (0, 1, 2, 5, 10)}
+def _ratio(cfg, n):
+    "The change to a recipe that gives `n` tokens of general text for each other one."
+    others = {k: v for k, v in cfg["mix"]["parts"].items() if k != "general"}
+    return {"mix": {"parts": others | ({"general": n * sum(others.values())} if n else {})}}
+
+_RATIOS = {f"1:{n}": lambda cfg, n=n: _ratio(cfg, n) for n in (0, 1, 2, 5, 10)}
 _KEEPS = [dict(text="replay at 1:1 keeps general text better than no replay", metric="general_bpb", arm="1:1", base="1:0", more=False),
           dict(text="replay at 1:5 keeps general text better than 1:1", metric="general_bpb", arm="1:5", base="1:1", more=False)]
 
@@ -70,7 +75,7 @@ def ablation(name:str, # one of EXPERIMENTS
         if not recipe._begin(out / "corpus", mark):
             recipe.corpus_stage(cfg, data, out / "corpus")
             write_json(out / "corpus" / "manifest.json", dict(fingerprint=mark))
-        arms = {a: {k: v for k, v in _merged(cfg, change).items() if k not in ("output", "name", "quantize", "sft")} | {"corpus_mark": mark} for a, change in what["arms"].items()}
+        arms = {a: {k: v for k, v in _merged(cfg, change(cfg)).items() if k not in ("output", "name", "quantize", "sft")} | {"corpus_mark": mark} for a, change in what["arms"].items()}
         def measure(settings, seed):
             with tempfile.TemporaryDirectory(dir=out) as d:
                 os.symlink(out / "corpus", Path(d) / "corpus")

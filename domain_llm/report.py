@@ -113,7 +113,7 @@ def collect(out, cfg:dict): # folder of a run, and its recipe
     for when, found in (("before", before), ("after", after)):
         for key, value in (("domain_mcq", "accuracy"), ("general_mcq", "accuracy"), ("domain_bpb", "bpb"), ("general_bpb", "bpb")):
             r = found.get(key, {})
-            metrics.update({f"{key}_{when}": r.get(value), f"{key}_{when}_low": r.get("low"), f"{key}_{when}_high": r.get("high")})
+            metrics.update({f"{key}_{when}{end}": None if r.get(name) != r.get(name) else r.get(name) for end, name in (("", value), ("_low", "low"), ("_high", "high"))})  # nan: a single document has no interval
     metrics.update(seconds=round(sum(m["seconds"] for m in manifests), 1), trained_tokens=sum(by[s]["metrics"]["tokens"] for s in ("pretrain", "sft") if s in by), verdict=verdict(before, after, budget))
     return dict(name=cfg["name"], model=cfg["model"], seed=cfg["seed"], before=before, after=after, manifests=manifests, by=by, budget=budget, metrics=metrics,
                 checks=read_json(out / "quantize" / "checks.json"), corpus=read_json(out / "corpus" / "report.json"), histories={s: read_json(out / s / "history.json") for s in ("pretrain", "sft") if s in by})

@@ -54,6 +54,7 @@ def test_every_format_and_kind(tmp_path):
     by = {r["id"]: r for r in rows}
     assert {k: r["kind"] for k, r in by.items()} == {"e.docx": "book", "handbook/b.PDF": "book", "misc/c.html": "web", "misc/f.jsonl#1": "book", "misc/f.jsonl#6": "news", "misc/p.pdf": "paper", "standards/a.md": "standard"}
     assert "| 1 | 2 |" in by["standards/a.md"]["text"] and by["misc/f.jsonl#6"]["source"] == "wire"
+    assert [r["kind"] for r in read(tmp_path / "standards")[0]] == ["standard"]  # the folder that is given counts as well
     assert "valve manual" in by["handbook/b.PDF"]["text"] and by["handbook/b.PDF"]["text"].count("\f") == 2
     page = by["misc/c.html"]["text"]
     assert all(x in page for x in ("# Cookies", "Main text\nnext bold.", "| x | 1 bar |", "- one\n", "```\na\n  b\n```")) and not any(x in page for x in ("Menu", "Foot", "var x"))

@@ -57,6 +57,20 @@ def test_report_opens_without_a_network(whole):
     assert "domain-llm chat" in page and "McNemar" in page
 
 
+def test_a_probe_of_one_document_has_no_interval_and_says_so(whole, tmp_path):
+    import shutil
+    from domain_llm import report
+    shutil.copytree(whole[1], tmp_path / "out")
+    for stage in ("baseline", "evaluate"):
+        path = tmp_path / "out" / stage / "measured.json"
+        found = json.loads(path.read_text())
+        found["general_bpb"].update(low=float("nan"), high=float("nan"))
+        path.write_text(json.dumps(found))
+    metrics = report.write_report(tmp_path / "out", recipe.read_recipe(whole[0]))
+    assert metrics["general_bpb_after_low"] is None and "NaN" not in (tmp_path / "out" / "metrics.json").read_text()
+    for name in ("report.html", "MODEL_CARD.md"): assert "nan to" not in (tmp_path / "out" / name).read_text()
+
+
 def test_second_run_skips_everything(whole):
     path, out, _, _ = whole
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("*/manifest.json")}

@@ -1,4 +1,4 @@
-"""Run a shipped experiment on the demo and record it in nbs/results/ablate_NAME.json.
+"""Run a shipped experiment on a small demo domain (nbs/recipes/ablate.yaml) and record it in nbs/results/ablate_NAME.json.
 
     python tools/record_ablate.py mix [--seeds 3] [--tokens 30000]
 
@@ -19,7 +19,7 @@ def main():
     from domain_llm.core import save_result
     from domain_llm.experiments import ablation, told
     start = time.time()
-    result = ablation(a.experiment, seeds=a.seeds, tokens=a.tokens, output=ROOT / "runs" / "ablate" / a.experiment)
+    result = ablation(a.experiment, ROOT / "nbs" / "recipes" / "ablate.yaml", seeds=a.seeds, tokens=a.tokens, output=ROOT / "runs" / "ablate" / a.experiment)
     print(told(result))
     print(save_result(f"ablate_{a.experiment}", {k: v for k, v in result.items() if k != "folder"}, started=start))
 
