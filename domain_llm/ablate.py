@@ -7,6 +7,7 @@ __all__ = ['run', 'difference', 'compare', 'needed', 'verdict', 'sentence', 'det
 
 # %% ../nbs/05_ablate.ipynb #d3cd46ee
 import math, time
+from statistics import fmean
 from pathlib import Path
 from .core import InputError, fingerprint, nearest, read_json, write_json
 
@@ -28,12 +29,10 @@ def run(measure, # function(settings, seed) -> {metric: {"values": [one per item
             write_json(path, kept)
             took.append(kept["seconds"])
             left = (len(arms) * len(seeds) - n) * sum(took) / len(took)
-            print(f"run {n} of {len(arms) * len(seeds)}: {arm}, seed {seed}: " + ", ".join(f"{k} {_mean(m['values']):.4g}" for k, m in kept["metrics"].items())
+            print(f"run {n} of {len(arms) * len(seeds)}: {arm}, seed {seed}: " + ", ".join(f"{k} {fmean(m['values']):.4g}" for k, m in kept["metrics"].items())
                   + f" ({took[-1]:.0f} s, at most {left / 60:.0f} min left)", flush=True)
         found[arm][str(seed)] = kept["metrics"]
     return found
-
-def _mean(values): return sum(values) / len(values)
 
 # %% ../nbs/05_ablate.ipynb #f35edd1c
 def difference(a, # values [seeds, items] of an arm
@@ -65,8 +64,8 @@ def compare(runs:dict, # as from `run`
             metric:str, arm:str, base:str, # metric and the two arms
             margin:float=0.0): # as in `difference`
     "`difference` of two arms of an experiment in one metric."
-    for what, name, known in (("arm", arm, runs), ("arm", base, runs)):
-        if name not in known: raise InputError(f"the experiment has no {what} '{name}'{nearest(name, known)}: {', '.join(known)}.")
+    for name in (arm, base):
+        if name not in runs: raise InputError(f"the experiment has no arm '{name}'{nearest(name, runs)}: {', '.join(runs)}.")
     seeds = [s for s in runs[arm] if s in runs[base]]
     if not seeds: raise InputError(f"'{arm}' and '{base}' have no seed in common.")
     first = runs[arm][seeds[0]]
@@ -135,9 +134,9 @@ def trade(runs:dict, x:str, y:str, # metrics: what is lost and what is gained
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for i, (arm, seeds) in enumerate(runs.items()):
-        at = [(xscale * _mean(m[x]["values"]), yscale * _mean(m[y]["values"])) for m in seeds.values()]
+        at = [(xscale * fmean(m[x]["values"]), yscale * fmean(m[y]["values"])) for m in seeds.values()]
         ax.scatter(*zip(*at), s=14, alpha=0.5, color=f"C{i}")
-        ax.scatter(*[[_mean(v)] for v in zip(*at)], s=70, color=f"C{i}", label=arm)
+        ax.scatter(*[[fmean(v)] for v in zip(*at)], s=70, color=f"C{i}", label=arm)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(frameon=False, fontsize=9)
     return fig

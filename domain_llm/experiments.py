@@ -7,8 +7,9 @@ __all__ = ['EXPERIMENTS', 'values', 'picture', 'ablation', 'told']
 
 # %% ../nbs/19_experiments.ipynb #a7105f24
 import math, os, tempfile
+from statistics import fmean
 from pathlib import Path
-from .core import InputError, nearest, read_json, write_json
+from .core import InputError, fingerprint, nearest, read_json, write_json
 from . import ablate
 
 # %% ../nbs/19_experiments.ipynb #8623d736
@@ -47,7 +48,7 @@ def picture(result:dict): # as `ablation` gives it
     "Figure: what the arms gain in the domain against what they lose in general, and the model before training."
     y, label, scale = ("domain_mcq", "domain questions right (%)", 100) if "domain_mcq" in result["before"] else ("domain_bpb", "held-out domain documents, bits per byte", 1)
     fig = ablate.trade(result["runs"], "general_bpb", y, "general text, bits per byte (left: forgets less)", label, yscale=scale)
-    at = [sum(v["values"]) / len(v["values"]) for v in (result["before"]["general_bpb"], result["before"][y])]
+    at = [fmean(v["values"]) for v in (result["before"]["general_bpb"], result["before"][y])]
     fig.axes[0].scatter([at[0]], [scale * at[1]], marker="*", s=120, color="black", label="before")
     fig.axes[0].legend(frameon=False, fontsize=9, title="domain : general")
     return fig
@@ -82,10 +83,14 @@ def ablation(name:str, # one of EXPERIMENTS
                 (Path(d) / "pretrain").mkdir()
                 recipe.pretrain_stage({**settings, "seed": seed}, data, Path(d) / "pretrain")
                 return values(recipe.figures(cfg, data, out, *recipe._to_measure(str(Path(d) / "pretrain" / "model"), cfg)))
-        if not (out / "before.json").exists(): write_json(out / "before.json", values(recipe.figures(cfg, data, out, *recipe._to_measure(cfg["model"], cfg))))
+        base = fingerprint({k: cfg[k] for k in ("model", "data", "evaluate", "seed")}, mark)
+        before = read_json(out / "before.json") if (out / "before.json").exists() else {}
+        if before.get("fingerprint") != base:
+            before = dict(fingerprint=base, metrics=values(recipe.figures(cfg, data, out, *recipe._to_measure(cfg["model"], cfg))))
+            write_json(out / "before.json", before)
         runs = ablate.run(measure, arms, range(seeds), out / "runs")
         usable = [c for c in what["claims"] if c["metric"] in next(iter(runs[c["arm"]].values()))]
-        result = dict(experiment=name, about=what["about"], seeds=list(range(seeds)), mix=cfg["mix"], pretrain=cfg["pretrain"], before=read_json(out / "before.json"), runs=runs, claims=ablate.verdict(runs, usable))
+        result = dict(experiment=name, about=what["about"], seeds=list(range(seeds)), mix=cfg["mix"], pretrain=cfg["pretrain"], before=before["metrics"], runs=runs, claims=ablate.verdict(runs, usable))
         write_json(out / "result.json", result)
         picture(result).savefig(out / "trade.png", dpi=150)
     return {**result, "folder": str(out)}
@@ -93,9 +98,9 @@ def ablation(name:str, # one of EXPERIMENTS
 def told(result:dict): # as `ablation` gives it
     "Table and verdicts of an experiment, as text."
     names = list(result["before"])
-    mean = lambda m: sum(m["values"]) / len(m["values"])
+    mean = lambda m: fmean(m["values"])
     rows = [["before", *(f"{mean(result['before'][n]):.3f}" for n in names)]]
-    for arm, seeds in result["runs"].items(): rows.append([arm, *(f"{sum(mean(s[n]) for s in seeds.values()) / len(seeds):.3f}" for n in names)])
+    for arm, seeds in result["runs"].items(): rows.append([arm, *(f"{fmean(mean(s[n]) for s in seeds.values()):.3f}" for n in names)])
     lines = ["".join(f"{c:>14}" for c in r) for r in [["", *names], *rows]]
     for c in result["claims"]:
         lines.append(ablate.sentence(c) if c["metric"].endswith("mcq") else ablate.sentence(c, "bits per byte", 1))

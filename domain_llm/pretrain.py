@@ -220,8 +220,7 @@ def last_checkpoint(folder): # a training folder
         shutil.rmtree(path)
 
 # %% ../nbs/06_pretrain.ipynb #445c8137
-def _bar(marks, probing, # steps at which to probe and save, and whether there are probes
-         apart:float=30): # seconds of training between two checkpoints at least
+def _bar(marks, probing): # steps at which to probe and save, and whether there are probes
     "A callback that probes and saves at the given steps, saves in between, and shows a bar with loss and probes on a terminal."
     from transformers import TrainerCallback
 
@@ -229,7 +228,7 @@ def _bar(marks, probing, # steps at which to probe and save, and whether there a
         def on_train_begin(self, args, state, control, **kw):
             self.bar, self.shown = progress(total=state.max_steps, desc="training", unit="step"), {}
             self.bar.update(state.global_step)
-            self.wait, self.saved = apart, time.monotonic()
+            self.wait, self.saved = 30, time.monotonic()  # seconds
         def on_step_end(self, args, state, control, **kw):
             self.bar.update(1)
             self.ended = time.monotonic()
@@ -238,7 +237,7 @@ def _bar(marks, probing, # steps at which to probe and save, and whether there a
         def on_evaluate(self, args, state, control, **kw): self.ended = time.monotonic()
         def on_save(self, args, state, control, **kw):
             self.saved = time.monotonic()
-            self.wait = max(apart, 20 * (self.saved - self.ended))
+            self.wait = max(30, 20 * (self.saved - self.ended))
         def on_log(self, args, state, control, logs=None, **kw):
             self.shown.update({k.replace("eval_", ""): f"{v:.3f}" for k, v in (logs or {}).items() if k == "loss" or k.startswith("eval_") and k.endswith("bpb")})
             self.bar.set_postfix(self.shown)

@@ -108,7 +108,7 @@ def test_needed_sizes_do_resolve():
 
 
 def test_detectable_has_the_power_it_says():
-    "Simulated: a sixth of the discordant pairs against the rest, tested by McNemar."
+    "Simulated discordant pairs, tested by McNemar."
     n, differ = 400, 0.2
     d = ablate.detectable(n, differ)
     rng = np.random.default_rng(0)

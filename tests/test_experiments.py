@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest, yaml
 
 from domain_llm import experiments
-from domain_llm.core import InputError
 
 
 def small(folder): return dict(name="x", model=str(folder), demo=8, pretrain=dict(length=64, tokens_per_step=256), mix=dict(tokens=1500), evaluate=dict(questions=40, probe_tokens=200))
