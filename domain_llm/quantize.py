@@ -366,13 +366,6 @@ def complete(gguf_path, # a .gguf file
 PROBES = ["The pump runs at 1450 rpm, 3.14 bar and -7 °C.", "I'm sure we'll see\n\n  two   spaces\tand a tab. ", "泵在1450转/分、3.14巴时工作。「规程」第７条：关闭阀门Ｋ３！",
           "def f(x):\n    return {'a': x**2, \"b\": [1, 2, 333]}  # 12,345\n", "naïve café, Größe, Ελληνικά, кириллица, العربية ٣٤, हिन्दी", "😀👩‍🔧🇨🇭 ½ ² ① … — “quoted”", "SELECT a FROM t WHERE b>=10;\r\n"]
 
-def _wilson(hits, n, z=1.96):
-    "95% Wilson interval of a rate."
-    if n == 0: return 0.0, 1.0
-    p, s = hits / n, z * z / n
-    half = z * (p * (1 - p) / n + s / (4 * n)) ** 0.5
-    return (p + s/2 - half) / (1 + s), (p + s/2 + half) / (1 + s)
-
 # %% ../nbs/13_quantize.ipynb #f507b7ef
 def _complete_at(tok, ids):
     "The positions in `ids` at which the text written so far ends with a whole character."
@@ -433,6 +426,7 @@ def check(gguf_path, # the exported file
           top:int=20, # most probable tokens in the divergence
           at_least:float=None): # an agreement below this is a problem; when not given, 0.9 for 8 bits and more and 0.6 below
     "Compare a GGUF file with the model it came from; `problems` in the result says what is wrong, `ok` that nothing is."
+    from domain_llm.evaluate import wilson
     check_template(tok, "the original")
     conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     if not conversations: raise InputError("check needs at least one prompt.")
@@ -444,7 +438,7 @@ def check(gguf_path, # the exported file
             one, two = _choices(url, model, tok, ids, max_tokens, min(top, rows))
             same += one; apart += two
     (hits, n), size = (sum(same), len(same)), Path(gguf_path).stat().st_size
-    low, high = _wilson(hits, n)
+    low, high = wilson(hits, n) if n else (0.0, 1.0)
     at_least = at_least or (0.9 if size > model.num_parameters() else 0.6)
     problems = [p for kind in found.values() for p in kind]
     if high < at_least: problems.append(f"the file chooses another next token than the original at {n - hits} of {n} places (agreement {hits/n:.2f}, expected at least {at_least})")
