@@ -90,7 +90,7 @@ def verdict(runs:dict, # as from `run`
         margin = sign * c.get("margin", 0.0)
         r = compare(runs, c["metric"], c["arm"], c["base"], margin)
         out.append(dict(c, **r, margin=c.get("margin", 0.0), beyond=sign * (r["diff"] - margin), needed=needed(r, margin)))
-    for c, sure, p in zip(out, *multipletests([c["p"] for c in out], method="holm")[:2]):
+    for c, sure, p in zip(out, *multipletests([c["p"] for c in out], method="holm")[:2]) if out else ():
         c.update(p_holm=float(p), verdict="not resolved at this size" if not sure else "supported" if c["beyond"] > 0 else "refuted")
     return out
 

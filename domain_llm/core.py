@@ -8,7 +8,7 @@ __all__ = ['InputError', 'nearest', 'atomic_file', 'atomic_dir', 'write_json', '
            'reset_peak_memory', 'results_dir', 'save_result', 'load_result']
 
 # %% ../nbs/00_core.ipynb #21c7c543
-import hashlib, json, os, shutil, tempfile, time
+import hashlib, json, os, re, shutil, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,8 +57,10 @@ def atomic_dir(path):
 
 # %% ../nbs/00_core.ipynb #242c21c7
 def write_json(path, obj):
-    "Write `obj` as indented JSON, atomically."
-    with atomic_file(path) as f: json.dump(obj, f, indent=1, ensure_ascii=False, default=str)
+    "Write `obj` as indented JSON, a list of plain values on one line, atomically."
+    text = json.dumps(obj, indent=1, ensure_ascii=False, default=str)
+    flat = re.sub(r"\[\n[^\[\]{}]*\]", lambda m: re.sub(r"\s*\n\s*", " ", m[0]), text)  # a line break in JSON is never inside a string
+    with atomic_file(path) as f: f.write(flat)
 
 def read_json(path):
     "Read a JSON file; a broken one raises InputError naming the line."

@@ -150,7 +150,8 @@ DEFAULTS = dict(
     learning_rate=2e-4,       # peak; LoRA wants about ten times that of full tuning
     tokens_per_step=256,      # tokens in one optimizer step
     length=256,               # tokens in one packed row
-    warmup=0.1,               # share of the steps in which the rate rises from 0 (re-warm); then a cosine to 0 (re-decay)
+    warmup=0.1,               # share of the steps in which the rate rises from 0 (re-warm)
+    schedule="cosine",        # then: cosine (falls to 0, re-decay) or constant
     weight_decay=0.0,
     rank=64, alpha=64,        # LoRA: rank of the adapter and its scale
     probes=4,                 # how often the probes run and a checkpoint is written
@@ -273,7 +274,7 @@ def train(model, # from `load`, or with `add_lora` applied
     cpu = model.device.type == "cpu"
     args = TrainingArguments(
         output_dir=str(out), per_device_train_batch_size=1, gradient_accumulation_steps=per_step, num_train_epochs=1, seed=seed,
-        learning_rate=cfg["learning_rate"], lr_scheduler_type="cosine", warmup_steps=round(cfg["warmup"] * steps), weight_decay=cfg["weight_decay"],
+        learning_rate=cfg["learning_rate"], lr_scheduler_type={"cosine": "cosine", "constant": "constant_with_warmup"}[cfg["schedule"]], warmup_steps=round(cfg["warmup"] * steps), weight_decay=cfg["weight_decay"],
         max_grad_norm=1.0, bf16=hasattr(model, "peft_config"), use_cpu=cpu, train_sampling_strategy="sequential", remove_unused_columns=False,
         logging_steps=max(1, steps // 50), disable_tqdm=True, report_to="none", dataloader_pin_memory=not cpu,
         eval_strategy="steps" if probe else "no", eval_steps=steps, save_strategy="steps", save_steps=steps, save_total_limit=2,

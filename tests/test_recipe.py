@@ -124,7 +124,7 @@ def test_corrupted_checkpoint_is_passed_over(whole, tmp_path):
 
 
 def test_two_runs_in_one_folder(whole, tmp_path):
-    with recipe._alone(whole[1]):
+    with recipe.alone(whole[1]):
         p = start(whole[0], whole[1])
         assert "another run is working" in p.communicate(timeout=120)[0] and p.returncode == 2
 
