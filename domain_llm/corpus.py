@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_RUN', 'KINDS', 'SHINGLE', 'decode', 'read', 'clean', 'shingles', 'jaccard', 'containment',
-           'near_duplicates', 'rank', 'covered', 'decontaminate', 'build', 'report_text', 'hold_out']
+           'near_duplicates', 'rank', 'covered', 'decontaminate', 'paraphrases', 'build', 'report_text', 'hold_out',
+           'stages']
 
 # %% ../nbs/03_corpus.ipynb #0b21872c
 import bisect, hashlib, json, math, os, re, unicodedata
@@ -531,12 +532,15 @@ def _units(text):
     "Words, and each character of scripts without spaces, as normalised letters."
     return [u for u in re.findall(rf"[{_CJK}]|(?:(?![{_CJK}_])\w)+", unicodedata.normalize("NFKC", text).casefold())]
 
+def _answer(q):
+    "The right answer of a question row as text, or None."
+    return q["choices"][q["answer"]] if q.get("choices") and q.get("answer") is not None else q.get("reference")
+
 def _probes(question, # a row with "question" and "choices" + "answer" or "reference", or a str
             n=13): # words in a row
     "Letter strings that give a question away: every run of `n` words, or the whole stem when it is shorter but at least 6 words."
     q = {"question": question} if isinstance(question, str) else question
-    stem = q["question"]
-    answer = q["choices"][q["answer"]] if q.get("choices") and q.get("answer") is not None else q.get("reference")
+    stem, answer = q["question"], _answer(q)
     out = []
     for text in (stem, f"{re.sub(r'_{2,}', ' ', stem)} {answer}" if answer else None):
         units = _units(text or "")
@@ -595,6 +599,15 @@ def _without(text, spans):
         elif after is not None: bad.add(k) # the blank line
     return "".join(p for k, p in enumerate(parts) if k not in bad).strip("\n").rstrip()
 
+def _unleaked(text, index):
+    "The text without leaks, the number of the first question found (or None), and the words around that place."
+    first = where = None
+    while spans := _find(_letters(text), index) if text else []:
+        if first is None: first, where = spans[0][2], _around(text, spans[0][0])
+        rest = _without(text, spans)
+        text = rest if len(rest) < len(text) else "" # nothing could be cut
+    return text, first, where
+
 def _around(text, k):
     "About 200 characters of a text around its letter number `k`."
     at = bisect.bisect_right(range(len(text)), k, key=lambda m: len(_letters(text[:m]))) - 1
@@ -616,17 +629,92 @@ def decontaminate(rows, # document rows
     if n < 6: raise InputError(f"n={n} words is too short to tell a leak from common phrases: use 8 to 13.")
     index, kept, dropped = _index(questions, n), [], []
     for row in rows if questions else []:
-        text, first = row["text"], None
-        while spans := _find(_letters(text), index) if text else []:
-            first, where = (spans[0], _around(text, spans[0][0])) if first is None else (first, where)
-            rest = _without(text, spans)
-            text = rest if len(rest) < len(text) else "" # nothing could be cut
+        text, first, where = _unleaked(row["text"], index)
         if first is None: kept.append(dict(row)); continue
         stays = len(text.encode()) >= min_chars
-        q = questions[first[2]]
+        q = questions[first]
         dropped.append(dict(id=row["id"], kind=row["kind"], reason="leak removed" if stays else "leak", question=q if isinstance(q, str) else q["question"], excerpt=where))
         if stays: kept.append({**row, "text": text})
     return _dataset(kept if questions else list(rows)), dropped
+
+# %% ../nbs/03_corpus.ipynb #c951992c
+_UNITS = re.compile(rf"(\?|_{{2,}}|(?<![A-Za-z0-9_\])])\( *\)|(?:answer|答案?) *:)|[{_CJK}]|(?:(?![{_CJK}_])\w)+", re.I)
+
+def _stream(text):
+    "Words as in `_units`, and \"?\" for what shows a question: a question mark, a blank to fill in, \"Answer:\"."
+    return ["?" if m[1] else m[0].casefold() for m in _UNITS.finditer(unicodedata.normalize("NFKC", text))]
+
+def _idf(n, # documents
+         having): # documents with the word
+    "Weight of a word: the fewer documents have it, the more it says."
+    return np.log(1 + n / (1 + having))
+
+# %% ../nbs/03_corpus.ipynb #107c29d7
+_ANSWER = 0.8 # share of the right answer's words, by weight, that must follow
+
+def _reading(rows, number): # document rows; word -> number, from 0
+    "For each row the positions of the words in `number` and their numbers; and for each number the rows that have it."
+    read = []
+    for r in rows:
+        at = [(i, number[u]) for i, u in enumerate(_stream(r["text"])) if u in number]
+        read.append(np.array(at, np.int32).reshape(-1, 2).T)
+    keys = np.unique(np.concatenate([ids.astype(np.int64) * len(rows) + i for i, (_, ids) in enumerate(read)] or [np.zeros(0, np.int64)]))
+    return read, np.split(keys % max(len(rows), 1), np.searchsorted(keys, np.arange(1, len(number)) * len(rows)))
+
+def _holders(weights, share, having): # {number of a word: weight}, share that must be reached, rows of each word
+    "Rows that can reach `share` of the weight: those with one of the rarest words that together weigh more than the rest may."
+    rest, out = (1 - share) * sum(weights.values()), set()
+    for u in sorted(weights, key=lambda u: len(having[u])):
+        out.update(having[u].tolist()); rest -= weights[u]
+        if rest < 0: break
+    return out
+
+# %% ../nbs/03_corpus.ipynb #df46f070
+def _asked(read, stem, answer, length, reach): # of one row: positions and numbers; weights by number; words before and after the sign
+    "Largest share of the stem before a sign of a question (number 0) that the answer follows, and the position of that sign."
+    at, ids = read
+    part = lambda w, a, b: sum(w.get(u, 0) for u in set(ids[np.searchsorted(at, a):np.searchsorted(at, b)].tolist())) / max(sum(w.values()), 1e-9)
+    found = [(part(stem, m - length, m), -m) for m in at[ids == 0].tolist() if part(answer, m + 1, m + 1 + reach) >= _ANSWER]
+    return max(found, default=(0, 0))
+
+def _cut(text, a, b):
+    "The text between two numbers of units, at most 240 characters."
+    text = unicodedata.normalize("NFKC", text)
+    starts = [m.start() for m in _UNITS.finditer(text)] + [len(text)]
+    return " ".join(text[starts[max(a, 0)]:starts[min(b, len(starts) - 1)]].split())[:240]
+
+# %% ../nbs/03_corpus.ipynb #ffafff9e
+def _sought(questions):
+    "For each question row the words of its stem, those of its right answer, and how many words after the question the answer may stand."
+    bad = next((q for q in questions if isinstance(q, str) or not isinstance(q.get("question"), str) or not _answer(q)), None)
+    if bad is not None: raise InputError(f"the question {bad!r:.80} has no right answer, by which alone a reworded question is told from a similar one. "
+                                         "Give rows with question, choices and answer, or question and reference.")
+    return [([u for u in _stream(q["question"]) if u != "?"], _stream(_answer(q)), 12 + sum(len(_stream(str(c))) for c in q.get("choices") or [_answer(q)])) for q in questions]
+
+def _weigh(sought, number, having, n): # as from `_sought`; word -> number; rows of each word; number of rows
+    "The weights of the words of each stem and of each answer, by number."
+    weight = _idf(n, np.array([len(h) for h in having]))
+    often = np.bincount([number[u] for stem, *_ in sought for u in set(stem)], minlength=len(number))
+    return [({number[u]: weight[number[u]] * (1 - (often[number[u]] - 1) / len(sought)) for u in stem}, {number[u]: weight[number[u]] for u in answer}) for stem, answer, _ in sought]
+
+# %% ../nbs/03_corpus.ipynb #d24dfddf
+def paraphrases(rows, # document rows
+                questions, # question rows with a right answer (choices and answer, or reference)
+                share:float=0.4): # of a question's words, by weight, that must stand before its answer
+    """Documents that seem to ask an evaluation question in other words and to answer it: a list of {"id", "question", "share", "excerpt"}, the surest first.
+
+    Nothing is removed: read them. Within twice the question's length before a question mark, a blank or "Answer:" stand words with `share` of the
+    weight of the question's words (inverse document frequency; words that most questions have count little), and soon after it the right answer."""
+    if not 0 < share <= 1: raise InputError(f"share {share} is not a share: choose one above 0 and at most 1.")
+    rows, questions = list(rows), list(questions)
+    sought, best = _sought(questions), {}
+    number = {u: i for i, u in enumerate(dict.fromkeys(["?", *(u for stem, answer, _ in sought for u in (*stem, *answer))]))}
+    read, having = _reading(rows, number)
+    for q, (words, _, reach), (stem, answer) in zip(questions, sought, _weigh(sought, number, having, len(rows))):
+        for i in _holders(stem, share, having) & _holders(answer, _ANSWER, having) & set(having[0].tolist()):
+            got, m = _asked(read[i], stem, answer, 2 * len(words), reach)
+            if got >= share and got > best.get(i, (0,))[0]: best[i] = (got, q["question"], -m - len(words), -m + reach)
+    return [dict(id=rows[i]["id"], question=q, share=round(float(x), 3), excerpt=_cut(rows[i]["text"], a, b)) for i, (x, q, a, b) in sorted(best.items(), key=lambda kv: (-kv[1][0], kv[0]))]
 
 # %% ../nbs/03_corpus.ipynb #cd20c493
 def _digest(text): return hashlib.sha1(_letters(text) or text.encode("utf-8", "ignore")).digest()
@@ -729,3 +817,41 @@ def hold_out(rows, # document rows
     for i in order: groups.setdefault(rows[i]["kind"], []).append(i)
     held = {i for g in groups.values() for i in g[:min(max(round(share * len(g)), len(g) > 1), len(g) - 1)]} or {order[0]}
     return _dataset([r for i, r in enumerate(rows) if i not in held]), _dataset([r for i, r in enumerate(rows) if i in held])
+
+# %% ../nbs/03_corpus.ipynb #ce18bf59
+def _documents(data, rank=0, world_size=1, questions=(), min_chars=200, n=13):
+    "A step of a datatrove pipeline: its documents cleaned, long enough and without leaks."
+    index = _index(questions, n)
+    for d in data:
+        d.text = _unleaked(clean(d.text), index)[0]
+        if len(d.text.encode("utf-8", "ignore")) >= min_chars: yield d
+
+def _column(text):
+    "The shingles of a text as datatrove wants them, one per row."
+    return shingles(text).reshape(-1, 1)
+
+# %% ../nbs/03_corpus.ipynb #0e88b953
+def stages(source, # folder of JSON Lines shards with "text" and "id", on this machine or any address that fsspec knows
+           folder, # folder that all machines can write to; the result is in its "kept"
+           tasks:int, # number of tasks, at most the number of shards
+           questions=(), # as in `build`
+           min_chars:int=200, # as in `build`
+           n:int=13): # as in `build`
+    """The steps of `build` for more than one machine: a list of (pipeline, tasks) to run one after the other with any of datatrove's executors.
+
+    Per document `clean`, length and leaks as in `build`; then datatrove's MinHash (14 bands of 8, similar from about 0.72) on our shingles. It keeps any one of
+    a group of similar documents, whatever their kinds, and knows no coverage."""
+    from functools import partial
+    try:
+        from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+        from datatrove.pipeline.readers import JsonlReader
+        from datatrove.pipeline.writers import JsonlWriter
+    except ImportError as e: raise InputError(f"datatrove is missing or incomplete ({e}): pip install 'domain_llm[scale]'.") from e
+    at = lambda name: f"{str(folder).rstrip('/')}/{name}"
+    sign = MinhashDedupSignature(at("signatures"))
+    sign.get_shingles = _column
+    ours = partial(_documents, questions=list(questions), min_chars=min_chars, n=n)
+    return [([JsonlReader(str(source)), ours, JsonlWriter(at("clean")), sign], tasks),
+            ([MinhashDedupBuckets(at("signatures"), at("buckets"))], sign.config.num_buckets),
+            ([MinhashDedupCluster(at("buckets"), at("remove"))], 1),
+            ([JsonlReader(at("clean")), MinhashDedupFilter(at("remove")), JsonlWriter(at("kept"))], tasks)]

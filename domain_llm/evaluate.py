@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['CLOZE', 'LETTER', 'tree', 'tree_mask', 'loglik', 'bits_per_byte', 'bootstrap', 'check_questions', 'read_questions',
-           'paths', 'multiple_choice', 'wilson', 'accuracy_interval', 'permute', 'paired', 'retention', 'compare_plot']
+           'paths', 'multiple_choice', 'wilson', 'accuracy_interval', 'permute', 'circular', 'paired', 'retention',
+           'compare_plot', 'screen', 'screen_plot', 'export_lm_eval']
 
 # %% ../nbs/04_evaluate.ipynb #c002703e
 import csv, math, warnings
 from collections import Counter
 from pathlib import Path
-from .core import InputError, progress, read_jsonl
+from statistics import fmean
+from .core import InputError, atomic_file, progress, read_jsonl, write_jsonl
 
 # %% ../nbs/04_evaluate.ipynb #c8732381
 def _parts(model):
@@ -299,31 +301,55 @@ def paths(tok, prompt, # text before the option
     return out
 
 # %% ../nbs/04_evaluate.ipynb #29674f78
+def _known(name, value, known):
+    "Raise InputError unless a setting has one of its values."
+    if value not in known: raise InputError(f"{name}={value!r} is unknown: choose one of {', '.join(known)}.")
+
+def _options(style, row):
+    "What competes in a question: the texts of its choices, or their letters."
+    return [chr(65 + i) for i in range(len(row["choices"]))] if style == "letter" else list(row["choices"])
+
+def _asked(questions, style, template=None, shots=()):
+    "Of each question `(prompt, options)`: the solved shots, a blank line after each, and the question in its template."
+    _known("style", style, ("cloze", "letter"))
+    template = template or (LETTER if style == "letter" else CLOZE)
+    solved = "".join(f"{_prompt(template, s)} {_options(style, s)[s['answer']]}\n\n" for s in shots)
+    return [(solved + _prompt(template, q), _options(style, q)) for q in questions]
+
+def _check(questions, shots):
+    "Raise InputError unless questions and shots are sound and none is both."
+    if not questions: raise InputError("there are no questions: give at least one.")
+    check_questions(questions)
+    check_questions(shots, lambda i: f"shot {i + 1}")
+    given = {(s["question"], frozenset(s["choices"])) for s in shots}
+    for i, q in enumerate(questions):
+        if (q["question"], frozenset(q["choices"])) in given: raise InputError(f"question {i + 1} ({q['question']!r:.60}) is also a shot, which gives its answer away. Take the shots from other questions.")
+
+# %% ../nbs/04_evaluate.ipynb #119b0689
+def _rate(correct, groups):
+    "Accuracy with its interval, and what it came from."
+    low, high = accuracy_interval(correct, groups)
+    return dict(accuracy=fmean(correct), low=low, high=high, n=len(correct), correct=list(correct), groups=list(groups))
+
 def multiple_choice(model, tok, # what `models.load` gives, or a PeftModel
                     questions, # question rows
                     style:str="cloze", # "cloze": the options' texts compete; "letter": options are listed and A, B, ... compete
                     norm:str="raw", # compare the log-likelihood as it is, or per "chars" or "bytes" of the option
                     template:str=None, # prompt with {question} and perhaps {choices}; CLOZE or LETTER when not given
-                    batch_tokens:int=None): # tokens per forward pass, as in `loglik`
+                    batch_tokens:int=None, # tokens per forward pass, as in `loglik`
+                    shots:list=None): # other question rows, put before each question as solved examples
     "Pick the likeliest option of each question: dict of accuracy, low, high (95%), chance, n, picks, correct, loglik (nats), groups."
     import numpy as np
-    questions = list(questions)
-    if not questions: raise InputError("multiple_choice was given no questions. Give at least one.")
-    for name, value, known in (("style", style, ("cloze", "letter")), ("norm", norm, ("raw", "chars", "bytes"))):
-        if value not in known: raise InputError(f"{name}={value!r} is unknown: choose one of {', '.join(known)}.")
-    check_questions(questions)
-    options = [[chr(65 + i) for i in range(len(q["choices"]))] if style == "letter" else q["choices"] for q in questions]
-    template = template or (LETTER if style == "letter" else CLOZE)
+    questions, shots = list(questions), list(shots or [])
+    _known("norm", norm, ("raw", "chars", "bytes"))
+    _check(questions, shots)
+    asked = _asked(questions, style, template, shots)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    trees = [paths(tok, _prompt(template, q), o, limit) for q, o in zip(questions, options)]
-    scores = loglik(model, trees, batch_tokens, "multiple choice")
+    scores = loglik(model, [paths(tok, text, options, limit) for text, options in asked], batch_tokens, "multiple choice")
     size = dict(raw=lambda o: 1, chars=len, bytes=lambda o: len(o.encode("utf-8")))[norm]
-    picks = [int(np.argmax([s / size(o) for s, o in zip(ss, oo)])) for ss, oo in zip(scores, options)]
-    correct = [p == q["answer"] for p, q in zip(picks, questions)]
-    groups = [q.get("group", i) for i, q in enumerate(questions)]
-    low, high = accuracy_interval(correct, groups)
-    return dict(accuracy=sum(correct) / len(correct), low=low, high=high, chance=sum(1 / len(o) for o in options) / len(options), n=len(correct),
-                picks=picks, correct=correct, loglik=scores, groups=groups)
+    picks = [int(np.argmax([s / size(o) for s, o in zip(ss, options)])) for ss, (_, options) in zip(scores, asked)]
+    found = _rate([p == q["answer"] for p, q in zip(picks, questions)], [q.get("group", i) for i, q in enumerate(questions)])
+    return dict(found, chance=fmean(1 / len(q["choices"]) for q in questions), picks=picks, loglik=scores)
 
 # %% ../nbs/04_evaluate.ipynb #eafd583e
 def wilson(k:int, # number of successes
@@ -351,6 +377,34 @@ def permute(questions, # question rows
         order = rng.sample(range(len(q["choices"])), len(q["choices"]))
         out.append(dict(q, choices=[q["choices"][i] for i in order], answer=order.index(q["answer"])))
     return out
+
+# %% ../nbs/04_evaluate.ipynb #1ea71f49
+def _rotations(q):
+    "A question with its choices in every cyclic order, beginning with its own."
+    n, choices = len(q["choices"]), list(q["choices"])
+    return [dict(q, choices=choices[k:] + choices[:k], answer=(q["answer"] - k) % n) for k in range(n)]
+
+def _positions(rows, picks):
+    "Per position: its letter, the share of picks there with a 95% interval, and the share of right answers."
+    groups, out = [q["group"] for q in rows], []
+    for i in range(max(len(q["choices"]) for q in rows)):
+        low, high = accuracy_interval([p == i for p in picks], groups)
+        out.append(dict(letter=chr(65 + i), picked=picks.count(i) / len(picks), low=low, high=high, right=fmean(q["answer"] == i for q in rows)))
+    return out
+
+def circular(model, tok, questions, # as in `multiple_choice`
+             style:str="letter", # as in `multiple_choice`
+             **how): # its other settings
+    "Every question in all rotations of its options: dict of accuracy (right in all), low, high, mean (over rotations), single (own order), chance, chance_one, positions, n, correct, groups."
+    questions = list(questions)
+    check_questions(questions)
+    questions = [dict(q, group=q.get("group", i)) for i, q in enumerate(questions)]
+    rows = [turned for q in questions for turned in _rotations(q)]
+    found, sizes = multiple_choice(model, tok, rows, style=style, **how), [len(q["choices"]) for q in questions]
+    each = iter(found["correct"])
+    right = [[next(each) for _ in range(n)] for n in sizes]
+    return dict(_rate([all(r) for r in right], [q["group"] for q in questions]), mean=fmean(map(fmean, right)), single=fmean(r[0] for r in right),
+                chance=fmean(n ** -n for n in sizes), chance_one=fmean(1 / n for n in sizes), positions=_positions(rows, found["picks"]))
 
 # %% ../nbs/04_evaluate.ipynb #f30ada48
 def paired(before_correct, # truth values, one per question
@@ -402,3 +456,71 @@ def compare_plot(before:dict, # name -> result of `bits_per_byte` or `multiple_c
         ax.set(title=name, xticks=(0, 1), xticklabels=("before", "after"), xlim=(-.6, 1.6), ylabel="bits per byte (lower is better)" if key == "bpb" else "correct (%)")
         if key == "accuracy": ax.axhline(100 * pair[0]["chance"], color="grey", ls="--", lw=1); ax.set_ylim(0, 100)
     return fig
+
+# %% ../nbs/04_evaluate.ipynb #c7da672d
+def _same_questions(found):
+    "Raise InputError unless there are at least two results, on the same questions."
+    if len(found) < 2: raise InputError(f"screen compares checkpoints, so it needs at least two results, not {len(found)}.")
+    (first, r), *others = found.items()
+    for name, o in others:
+        if o["n"] != r["n"] or list(map(str, o["groups"])) != list(map(str, r["groups"])):
+            raise InputError(f"screen: '{first}' and '{name}' were not measured on the same questions ({r['n']} and {o['n']}). Score one list of questions with every checkpoint.")
+
+def _said(best, tied, n):
+    "The outcome of a screening in one sentence."
+    name = f"step {best}" if isinstance(best, int) else str(best)
+    if not tied: return f"{name} is best, and every other one is worse on {n} questions"
+    *some, last = map(str, tied)
+    return f"{name} is best, but {', '.join(some) + ' and ' if some else ''}{last} cannot be told from it on {n} questions"
+
+def screen(found:dict, # checkpoint name or step -> result of `multiple_choice` on the same questions
+           groups=None): # one label per question; those of the results when not given
+    "Which checkpoints a set of questions cannot tell from the best: dict of best, tied, said, n, chance, and checkpoints: per name accuracy, low, high, difference to the best (diff, diff_low, diff_high) and its p, corrected over all pairs (Holm)."
+    from itertools import combinations
+    from statsmodels.stats.multitest import multipletests
+    from domain_llm.ablate import difference
+    _same_questions(found)
+    best = max(found, key=lambda name: found[name]["accuracy"])
+    groups = found[best]["groups"] if groups is None else groups
+    compare = lambda a, b: difference([found[a]["correct"]], [found[b]["correct"]], groups)
+    pairs, rows = list(combinations(found, 2)), {}
+    p = dict(zip(map(frozenset, pairs), multipletests([compare(a, b)["p"] for a, b in pairs], method="holm")[1]))
+    for name, r in found.items():
+        low, high = accuracy_interval(r["correct"], groups)
+        d = compare(name, best)
+        rows[name] = dict(accuracy=r["accuracy"], low=low, high=high, diff=d["diff"], diff_low=d["low"], diff_high=d["high"], p=float(p.get(frozenset((name, best)), 1.0)))
+    tied, n = [name for name, r in rows.items() if name != best and r["p"] >= 0.05], found[best]["n"]
+    return dict(best=best, tied=tied, said=_said(best, tied, n), n=n, chance=found[best]["chance"], checkpoints=rows)
+
+def screen_plot(screened:dict): # as from `screen`
+    "Figure: accuracy of each checkpoint with its 95% interval, the best (filled) and those tied with it in one colour; the dashed line is chance."
+    import matplotlib.pyplot as plt
+    rows, best = screened["checkpoints"], screened["best"]
+    fig, ax = plt.subplots(figsize=(max(4, 1.5 + 0.5 * len(rows)), 3), layout="constrained")
+    for x, (name, r) in enumerate(rows.items()):
+        ax.errorbar(x, 100 * r["accuracy"], [[100 * max(0, r["accuracy"] - r["low"])], [100 * max(0, r["high"] - r["accuracy"])]], fmt="o", capsize=4,
+                    color="C0" if name == best or name in screened["tied"] else "grey", mfc=None if name == best else "white")
+    ax.axhline(100 * screened["chance"], color="grey", ls="--", lw=1)
+    ax.set(xticks=range(len(rows)), xticklabels=list(rows), xlabel="checkpoint", ylabel="correct (%)")
+    return fig
+
+# %% ../nbs/04_evaluate.ipynb #4f0e6a1c
+def export_lm_eval(questions, # question rows
+                   folder, # where to write; the task holds its absolute path
+                   name:str, # of the task
+                   style:str="cloze", # as in `multiple_choice`
+                   shots:list=None): # as in `multiple_choice`
+    "Write a task that `lm_eval --tasks NAME --include_path FOLDER` runs (metrics acc and acc_norm): NAME.yaml beside its questions in JSON Lines; gives the YAML's path."
+    import yaml
+    questions, shots, folder, files = list(questions), list(shots or []), Path(folder).resolve(), {}
+    if not str(name).isidentifier(): raise InputError(f"{name!r} cannot be the name of a task. Use letters, digits and underscores, and no digit in front.")
+    _check(questions, shots)
+    for split, rows in (("test", questions), ("shots", shots)):
+        if not rows: continue
+        files[split] = str(folder / f"{name}_{split}.jsonl")  # options as text, since the JSON loader makes time stamps of a column of dates
+        write_jsonl(files[split], [dict(prompt=text, options=repr(options), answer=q["answer"]) for q, (text, options) in zip(rows, _asked(rows, style))])
+    task = dict(task=name, dataset_path="json", dataset_kwargs=dict(data_files=files), test_split="test", output_type="multiple_choice", doc_to_text="prompt",
+                doc_to_choice="{{options}}", doc_to_target="answer", metric_list=[dict(metric=m, aggregation="mean", higher_is_better=True) for m in ("acc", "acc_norm")])
+    if shots: task |= dict(fewshot_split="shots", fewshot_config=dict(sampler="first_n"), num_fewshot=len(shots))
+    with atomic_file(folder / f"{name}.yaml") as f: yaml.safe_dump(task, f, allow_unicode=True, sort_keys=False)
+    return folder / f"{name}.yaml"

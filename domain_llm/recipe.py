@@ -61,7 +61,7 @@ KINDS = {
     "parts": ("parts above 0 such as {domain: 1, general: 5}", lambda v: isinstance(v, dict) and v and all(_number(p) and p > 0 for p in v.values())),
     "full|lora": ("full or lora", lambda v: v in ("full", "lora")),
     "schedule": ("cosine or constant", lambda v: v in ("cosine", "constant")),
-    "way to select": ("random, prior, density, quality, dsir or diverse", lambda v: v in ("random", "prior", "density", "quality", "dsir", "diverse")),
+    "way to select": ("random, prior, density, both, quality, dsir or diverse", lambda v: v in ("random", "prior", "density", "both", "quality", "dsir", "diverse")),
     "kinds": ("a list of kinds: standard, book, paper, web, news or general", lambda v: isinstance(v, list) and all(k in ("standard", "book", "paper", "web", "news", "general") for k in v)),
     "quantizations": ("a list of q8_0 and q4_0", lambda v: isinstance(v, list) and v and all(t in ("q8_0", "q4_0") for t in v)),
 }

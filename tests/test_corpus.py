@@ -1,5 +1,5 @@
 "What the corpus chapter is the wrong place for: every broken file, properties on random text, real data where it is at hand."
-import base64, csv, io, json, os, random, zipfile
+import base64, csv, gzip, importlib.util, io, json, math, os, random, re, sys, zipfile
 from itertools import combinations
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pytest
 from domain_llm import corpus
 from domain_llm.core import InputError
 from domain_llm.corpus import (build, clean, containment, covered, decode, decontaminate, hold_out, jaccard, near_duplicates, rank, read,
-                               report_text, shingles)
+                               paraphrases, report_text, shingles, stages)
 
 SHARED = next((p / "shared" / "data" for p in Path(__file__).resolve().parents if (p / "shared" / "data").is_dir()), Path("/nowhere"))
 WORDS = [a + b + c for a in "bcdfglmnprst" for b in ("a", "e", "i", "o", "ou") for c in ("ck", "lt", "mber", "nd", "r", "ss", "tion", "ver")]
@@ -293,6 +293,99 @@ def test_no_false_positives():
     kept, dropped = decontaminate(rows, qs)
     assert dropped == [] and len(kept) == 600 and list(kept["text"]) == [r["text"] for r in rows]
 
+# ---- questions in other words
+
+def rewordings(seed, entities=20):
+    "Questions (one wording per fact), pages that ask another wording and answer it, documents that only state the facts."
+    demo = pytest.importorskip("domain_llm.demo")
+    made, rng, wordings = demo.make(seed, entities), random.Random(seed), {}
+    for q in made["mcq"]: wordings.setdefault(q["group"], []).append(q)
+    leaks = {l["id"] for l in made["planted"]["leaks"]}
+    asks = [w.split("?")[0].replace("{e}", "") for a in demo.strings()["attributes"].values() for w in a["web"] if "?" in w]
+    itself = lambda text: "Question:" in text or any(all(part in text for part in w.split("  ")) for w in asks)
+    stating = [d for d in made["documents"] if d["id"] not in leaks and not itself(d["text"])]
+    pages = [row(f"{stating[i % len(stating)]['text'][:300]}\n\nQuiz: {q['question']} It is {q['choices'][q['answer']]}, of course.\n", name=f"page-{i}") for i, w in enumerate(wordings.values()) for q in [rng.choice(w[1:])]]
+    return [w[0] for w in wordings.values()], pages, stating
+
+@pytest.mark.parametrize("seed", [4, 5])
+def test_reworded_questions_are_flagged_and_statements_are_not(seed):
+    asked, pages, stating = rewordings(seed)
+    assert decontaminate(pages, asked)[1] == []  # what n-grams cannot see
+    found = paraphrases(pages + stating, asked)
+    hit = {f["id"] for f in found}
+    assert len(hit & {p["id"] for p in pages}) >= 0.9 * len(pages) and len(hit - {p["id"] for p in pages}) <= 0.02 * len(stating)
+    assert [f["share"] for f in found] == sorted((f["share"] for f in found), reverse=True) and len(found) == len(hit)
+
+def test_the_index_loses_nothing(monkeypatch):
+    asked, pages, stating = rewordings(3)
+    for share in (0.3, 0.6):
+        quick = paraphrases(pages + stating, asked, share)
+        with monkeypatch.context() as m:
+            m.setattr(corpus, "_holders", lambda weights, share, having: set(range(len(pages + stating))))
+            assert paraphrases(pages + stating, asked, share) == quick and quick
+
+def test_share_by_hand():
+    q = dict(question="Which grease for the crane?", choices=["lard", "tallow"], answer=1)
+    rows = [row("Grease on the crane? Tallow, he said."), row("The crane stands on the quay."), row("Tallow is a grease for the crane.")]
+    got, = paraphrases(rows, [q], share=0.2)
+    idf = lambda having: math.log(1 + 3 / (1 + having))
+    want = (idf(2) + idf(3) + idf(3)) / (idf(0) + idf(2) + idf(1) + idf(3) + idf(3)) # grease, crane, the; missing: which, for
+    assert got["id"] == rows[0]["id"] and got["share"] == round(want, 3) and got["excerpt"].startswith("Grease on the crane? Tallow")
+    assert paraphrases(rows, [q], share=want + 0.01) == []
+    assert paraphrases([row("Grease on the crane? Lard, he said.")], [q], share=0.1) == [] # another answer
+    assert paraphrases([], [q]) == []
+
+def test_paraphrases_in_chinese():
+    q = dict(question="水闸安全阀门的压力不得超过多少巴", choices=["三", "四", "五", "六"], answer=1)
+    other = dict(question="检修工人每隔多少天检查一次泵站", choices=["十天", "三十天"], answer=1)
+    rows = [row(f"{ZH * 2}\n\n考试时问：安全阀门的压力，水闸里最高可以是多少巴？答案是四。\n"), row(ZH * 3), row("今天天气怎么样？四月的天气很好。" * 5)]
+    assert decontaminate(rows, [q, other])[1] == []
+    assert [f["id"] for f in paraphrases(rows, [q, other])] == [rows[0]["id"]]
+    blank = row("水闸安全阀门的最高压力是（　）巴。A. 三 B. 四 C. 五 D. 六")
+    assert [f["question"] for f in paraphrases([blank], [q])] == [q["question"]]
+
+def test_paraphrases_need_an_answer():
+    for bad in ("Which colour?", dict(question="Which colour?"), dict(question="Which colour?", choices=["red"]), dict(q="x")):
+        with pytest.raises(InputError, match="has no right answer"): paraphrases([row("x")], [bad])
+    with pytest.raises(InputError, match="share 2"): paraphrases([row("x")], [dict(question="Which?", reference="x")], share=2)
+
+# ---- more than one machine
+
+def test_stages_give_what_one_process_gives(tmp_path):
+    pytest.importorskip("datatrove"); pytest.importorskip("spacy"); pytest.importorskip("orjson")
+    from datatrove.executor import LocalPipelineExecutor
+    rng = random.Random(13)
+    qs = questions(rng, english, 20, 16)
+    rows = [row(english(rng, 150) + (f"\n\n{qs[i]['question']}\n" if i < 20 else ""), name=f"d{i}") for i in range(40)] + [row(chinese(rng, 300), name=f"z{i}") for i in range(20)]
+    copies = [row(r["text"].upper() + " end", name=f"copy-{r['id']}") for r in (*rows[25:30], *rows[45:50])]
+    rows += copies + [row("short", name="short"), row(qs[0]["question"], name="only a leak")]
+    (tmp_path / "raw").mkdir()
+    for k in range(2): (tmp_path / "raw" / f"{k}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[k::2]))
+    for i, (pipeline, tasks) in enumerate(stages(tmp_path / "raw", tmp_path / "out", 2, qs)):
+        LocalPipelineExecutor(pipeline, tasks=tasks, workers=1, logging_dir=str(tmp_path / f"logs{i}")).run()
+    texts = lambda name: {r["id"]: r["text"] for f in (tmp_path / "out" / name).glob("*.gz") for l in gzip.open(f, "rt") for r in [json.loads(l)]}
+    long = [{**r, "text": clean(r["text"])} for r in rows if len(clean(r["text"]).encode()) >= 200]
+    assert texts("clean") == {r["id"]: r["text"] for r in decontaminate(long, qs)[0]}
+    kept = set(texts("kept"))
+    assert len(kept) == 60 and all(len(kept & {c["id"], c["id"].removeprefix("copy-")}) == 1 for c in copies)
+
+def test_stages_without_datatrove(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datatrove.pipeline.dedup", None)
+    with pytest.raises(InputError, match="pip install 'datatrove"): stages(tmp_path, tmp_path / "out", 1)
+
+# ---- the benchmark's own truth
+
+def test_planted_pairs_of_the_benchmark():
+    path = Path(__file__).resolve().parents[1] / "tools" / "bench_dedup.py"
+    spec = importlib.util.spec_from_file_location("bench_dedup", path)
+    bench = importlib.util.module_from_spec(spec); spec.loader.exec_module(bench)
+    texts, planted = bench.corpus(1200)
+    assert len(texts) == 1200 and len({i for p in planted.values() for pair in p for i in pair}) == 2 * sum(map(len, planted.values())) == 240
+    for level, spans in bench.similarity(texts, planted).items():
+        low, high = zip(*spans.values())
+        assert min(low) > 0.75 if level in bench.COPIES else max(high) < 0.6, (level, spans)
+    assert bench.ours(texts) == {pair for level in bench.COPIES for pair in planted[level]}
+
 # ---- everything together
 
 def test_build_on_the_demo(tmp_path):
@@ -361,3 +454,31 @@ def test_chinese_questions():
         general = [row(x["instruction"] + "\n" + x["output"], "general") for x in json.loads(f.read_text(encoding="utf-8"))]
         assert len(decontaminate(general, qs)[1]) <= 2
         assert len(near_duplicates([r["text"] for r in general])) < 20
+
+def mmlu(): return [dict(question=r["question"], choices=[r[f"choice{i}"] for i in range(4)], answer=int(r["answer"])) for f in sorted((SHARED / "mcq/mmlu").glob("*_test.csv")) for r in csv.DictReader(open(f, encoding="utf-8-sig"))]
+
+def real_text():
+    "C4 and Wikipedia pages, and the OWASP documents where they are."
+    c4 = [json.loads(l)["text"] for l in open(SHARED / "general/c4_demo.jsonl", encoding="utf-8")]
+    wiki = re.split(r"\n \n(?= = [^=])", (SHARED / "general/wikitext2_test.txt").read_text(encoding="utf-8"))
+    return [row(t) for t in [*c4, *wiki, *(f.read_text(encoding="utf-8") for d in ("web", "book") for f in sorted((SHARED / "security" / d).glob("*.md")))] if len(t) > 600]
+
+needs_mmlu = pytest.mark.skipif(not ((SHARED / "mcq/mmlu").is_dir() and (SHARED / "general").is_dir()), reason="needs shared/data")
+
+@needs_mmlu
+def test_real_questions_in_real_text():
+    rng, qs = random.Random(14), mmlu()
+    asked = rng.sample([q for q in qs if len(corpus._units(q["question"])) >= 6], 200) # shorter stems are no evidence, see the chapter
+    change = [lambda q, a: q, lambda q, a: q.upper(), lambda q, a: re.sub(r"[,.;:?!'\"]", " ", q), lambda q, a: q.replace(" ", "\n", 3), lambda q, a: f"Question: {q}\nAnswer: {a}", lambda q, a: f"{q} {a}"]
+    rows = rng.sample(real_text(), 400)
+    for i, q in enumerate(asked):
+        lines = rows[i]["text"].split("\n")
+        lines.insert(rng.randrange(len(lines) + 1), "\n" + change[i % 6](q["question"], q["choices"][q["answer"]]) + "\n")
+        rows[i] = {**rows[i], "text": "\n".join(lines)}
+    planted, found = {r["id"] for r in rows[:200]}, {d["id"] for d in decontaminate(rows, qs)[1]}
+    assert len(found & planted) >= 0.95 * len(planted) and len(found & planted) >= 0.95 * len(found)
+
+@needs_mmlu
+def test_paraphrases_are_quiet_on_real_text():
+    rows = real_text()
+    assert len(rows) > 300 and len(paraphrases(rows, mmlu())) <= 3

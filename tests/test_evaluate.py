@@ -1,17 +1,18 @@
 """Evaluation: exact sums, trees against plain texts, lm-eval's picks, statistics by hand, readers and bad input."""
-import importlib.util, json, math, os, random, sys, warnings
+import gc, importlib.util, json, math, os, random, sys, warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from domain_llm import demo
+from domain_llm import demo, evaluate
+from domain_llm.ablate import difference
 from domain_llm.core import InputError
-from domain_llm.evaluate import (accuracy_interval, bits_per_byte, bootstrap, check_questions, compare_plot, multiple_choice, paired, paths, permute,
-                                 read_questions, retention, tree, tree_mask, wilson)
-from domain_llm.evaluate import _pack, _parts, _score, _takes_trees
-from domain_llm.models import load_tokenizer, tiny
+from domain_llm.evaluate import (accuracy_interval, bits_per_byte, bootstrap, check_questions, circular, compare_plot, export_lm_eval, multiple_choice, paired, paths, permute,
+                                 read_questions, retention, screen, screen_plot, tree, tree_mask, wilson)
+from domain_llm.evaluate import _asked, _pack, _parts, _rate, _score, _takes_trees
+from domain_llm.models import load, load_tokenizer, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 MCQ = ROOT.parent / "shared/data/mcq"
@@ -207,6 +208,128 @@ def test_picks_equal_lm_eval(model, tok, bench, name):
     assert got["picks"] == ref["picks"] and norm["picks"] == ref["picks_norm"]
     for a, b in zip(got["loglik"], ref["loglik"]): assert a == pytest.approx(b, abs=1e-3)
 
+def test_picks_equal_lm_eval_on_500_real_questions(bench):
+    "The demo model in float32 on the shortest MMLU questions; a pick may differ only where the two best options are level within rounding."
+    lm_eval_or_skip()
+    rows = sorted(bench.mmlu(10**6), key=lambda r: len(r["question"]) * len(r["choices"]) + sum(map(len, r["choices"])))[:500]
+    if len(rows) < 500: pytest.skip("no shared/data")
+    model, tok = load()
+    ref, got = bench.lm_eval_run(model, tok, rows, 16), multiple_choice(model, tok, rows)
+    margin = [np.diff(np.sort(scores)[-2:])[0] for scores in ref["loglik"]]
+    assert not [i for i, (a, b, m) in enumerate(zip(ref["picks"], got["picks"], margin)) if a != b and m > 2e-3]
+    for a, b in zip(ref["loglik"], got["loglik"]): assert a == pytest.approx(b, abs=2e-3)
+    assert 0.25 < got["accuracy"] < 0.6 and len(set(got["picks"])) == 4
+
+@pytest.mark.parametrize("style", ["cloze", "letter"])
+def test_shots_equal_lm_eval(model, tok, bench, style):
+    lm_eval_or_skip()
+    shots, rows = QUESTIONS[2:4], demo.common()[:6] + QUESTIONS[:2]  # 2 to 4 options
+    ref = bench.lm_eval_run(model, tok, rows, style=style, shots=shots)
+    got = multiple_choice(model, tok, rows, style=style, shots=shots)
+    assert [p for p, _ in _asked(rows, style, shots=shots)] == ref["prompts"] and got["picks"] == ref["picks"]
+    for a, b in zip(got["loglik"], ref["loglik"]): assert a == pytest.approx(b, abs=1e-3)
+    assert got["loglik"][0] != pytest.approx(multiple_choice(model, tok, rows[:1], style=style)["loglik"][0], abs=1e-3)
+
+def test_shots_by_hand(model, tok):
+    shot = dict(question="What is 3 + 3?", choices=["33", "6"], answer=1)
+    (cloze, _), = _asked(QUESTIONS[1:2], "cloze", shots=[shot])
+    (letter, competing), = _asked(QUESTIONS[1:2], "letter", shots=[shot])
+    assert cloze == "Question: What is 3 + 3?\nAnswer: 6\n\nQuestion: What is 2 + 2?\nAnswer:"
+    assert letter == "Question: What is 3 + 3?\nA. 33\nB. 6\nAnswer: B\n\nQuestion: What is 2 + 2?\nA. 4\nB. 22\nAnswer:" and competing == ["A", "B"]
+    got = multiple_choice(model, tok, QUESTIONS[1:2], shots=[shot])["loglik"][0]
+    assert got == pytest.approx([one_by_one(model, tok(f"{cloze} {c}").input_ids, len(tok(cloze).input_ids)) for c in ("4", "22")], abs=1e-3)
+
+def test_faulty_shots(model, tok):
+    turned = dict(QUESTIONS[1], choices=QUESTIONS[1]["choices"][::-1], answer=1)
+    with pytest.raises(InputError, match="question 2 .*gives its answer away"): multiple_choice(model, tok, QUESTIONS, shots=[turned])
+    with pytest.raises(InputError, match="shot 1: the answer is 7"): multiple_choice(model, tok, QUESTIONS[:1], shots=[dict(QUESTIONS[1], answer=7)])
+
+
+# --- option order
+
+def fake_choice(model, tok, questions, style="cloze", knows=()):
+    "A reader that knows some questions and says A to the others."
+    picks = [q["answer"] if q["question"] in knows else 0 for q in questions]
+    return dict(picks=picks, correct=[p == q["answer"] for p, q in zip(picks, questions)])
+
+def test_circular_by_hand(monkeypatch):
+    monkeypatch.setattr(evaluate, "multiple_choice", fake_choice)
+    r = circular(None, None, QUESTIONS, knows={QUESTIONS[2]["question"]})  # options 3, 2, 3, 4; right at 0, 0, 1, 1
+    assert r["correct"] == [False, False, True, False] and r["accuracy"] == 1 / 4 and (r["low"], r["high"]) == wilson(1, 4)
+    assert r["mean"] == pytest.approx((1 / 3 + 1 / 2 + 1 + 1 / 4) / 4) and r["single"] == 3 / 4 and r["n"] == 4
+    assert r["chance"] == pytest.approx((1 / 27 + 1 / 4 + 1 / 27 + 1 / 256) / 4) and r["chance_one"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    assert [p["letter"] for p in r["positions"]] == list("ABCD")
+    assert [p["right"] for p in r["positions"]] == pytest.approx([4 / 12, 4 / 12, 3 / 12, 1 / 12])  # each question once at each of its positions
+    assert [p["picked"] for p in r["positions"]] == pytest.approx([10 / 12, 1 / 12, 1 / 12, 0])
+    assert all(p["low"] <= p["picked"] <= p["high"] for p in r["positions"])
+
+def test_a_guess_is_right_in_all_rotations_as_often_as_chance_says(monkeypatch):
+    rng = random.Random(0)
+    def guess(model, tok, questions, style):
+        picks = [rng.randrange(len(q["choices"])) for q in questions]
+        return dict(picks=picks, correct=[p == q["answer"] for p, q in zip(picks, questions)])
+    monkeypatch.setattr(evaluate, "multiple_choice", guess)
+    many = [dict(question=str(i), choices=["a", "b"] if i % 2 else ["a", "b", "c"], answer=0) for i in range(6000)]
+    r = circular(None, None, many)
+    assert r["accuracy"] == pytest.approx(r["chance"], abs=0.015) and r["mean"] == pytest.approx(r["chance_one"], abs=0.015)
+
+def test_circular_asks_every_rotation(model, tok):
+    r = circular(model, tok, QUESTIONS, style="cloze")
+    plain = multiple_choice(model, tok, QUESTIONS)
+    assert r["accuracy"] == r["mean"] == r["single"] == plain["accuracy"] and r["correct"] == plain["correct"]
+    q = QUESTIONS[0]
+    texts = {_asked([t], "letter")[0][0] for t in evaluate._rotations(q)}
+    a, b, c = q["choices"]
+    assert texts == {f"Question: {q['question']}\nA. {x}\nB. {y}\nC. {z}\nAnswer:" for x, y, z in ((a, b, c), (b, c, a), (c, a, b))}
+    assert all(t["choices"][t["answer"]] == a for t in evaluate._rotations(q))
+    assert circular(model, tok, QUESTIONS[:1])["mean"] == pytest.approx(np.mean([multiple_choice(model, tok, [t], style="letter")["accuracy"] for t in evaluate._rotations(q)]))
+
+def test_circular_keeps_a_question_together(monkeypatch):
+    monkeypatch.setattr(evaluate, "multiple_choice", fake_choice)
+    rows = [dict(question=f"{i}", choices=["a", "b", "c", "d"], answer=i % 4) for i in range(30)]
+    r = circular(None, None, rows, knows={str(i) for i in range(15)})
+    assert r["groups"] == list(range(30)) and (r["low"], r["high"]) == wilson(15, 30)
+    share = 75 / 120  # A: a quarter of the known ones, all of the others; whole questions differ, so the interval is wider than that of 120 free picks
+    first = r["positions"][0]
+    assert first["picked"] == share and first["high"] - first["low"] > wilson(75, 120)[1] - wilson(75, 120)[0]
+
+
+# --- tasks for lm-eval
+
+def run_lm_eval(model, tok, folder, name):
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    got = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tok, batch_size=4), tasks=[name], task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+                          bootstrap_iters=0, log_samples=True)
+    return got["results"][name], [int(np.argmax([r[0][0] for r in s["resps"]])) for s in sorted(got["samples"][name], key=lambda s: s["doc_id"])]
+
+def test_exported_task_runs_in_lm_eval(model, tok, tmp_path, monkeypatch):
+    lm_eval_or_skip()
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = QUESTIONS + [dict(question="When? {{x}} {% y %}", choices=["'\"", "it's"], answer=1)]  # 2 to 4 options, quotes, template marks
+    path = export_lm_eval(rows, tmp_path / "tasks", "domain_quiz")
+    assert path == tmp_path / "tasks/domain_quiz.yaml" and sorted(p.name for p in path.parent.iterdir()) == ["domain_quiz.yaml", "domain_quiz_test.jsonl"]
+    found, picks = run_lm_eval(model, tok, path.parent, "domain_quiz")
+    ours = multiple_choice(model, tok, rows)
+    assert picks == ours["picks"] and found["acc,none"] == ours["accuracy"] and found["acc_norm,none"] == multiple_choice(model, tok, rows, norm="chars")["accuracy"]
+    dates = [dict(question=f"In which year was treaty {i}?", choices=["1945-05-08", "1648-10-24"], answer=i % 2) for i in range(3)]
+    export_lm_eval(dates, tmp_path / "tasks", "domain_quiz")  # over the old one: no cached copy of it may be used
+    assert run_lm_eval(model, tok, path.parent, "domain_quiz")[1] == multiple_choice(model, tok, dates)["picks"]
+
+@pytest.mark.parametrize("name", ["", "a-b", "../x", "1st", "a b"])
+def test_task_names(tmp_path, name):
+    with pytest.raises(InputError, match="cannot be the name of a task"): export_lm_eval(QUESTIONS, tmp_path, name)
+    assert not list(tmp_path.iterdir())
+
+def test_faulty_questions_are_not_exported(tmp_path):
+    for rows in ([], [dict(QUESTIONS[0], answer=9)]):
+        with pytest.raises(InputError, match="no questions|question 1"): export_lm_eval(rows, tmp_path, "quiz")
+    with pytest.raises(InputError, match="cloze, letter"): export_lm_eval(QUESTIONS, tmp_path, "quiz", style="best")
+    assert not list(tmp_path.iterdir())
+
+
 def test_trailing_space_in_template_moves_to_the_option(model, tok):
     a, b = (multiple_choice(model, tok, QUESTIONS[:1], template=t)["loglik"] for t in ("{question}", "{question}  "))
     ids = tok(QUESTIONS[0]["question"] + "   " + "Jane Austen").input_ids
@@ -357,6 +480,40 @@ def test_clusters_widen_the_interval():
     assert accuracy_interval(x, np.arange(50)) == wilson(int(x.sum()), 50)
     assert accuracy_interval([1] * 40, [0, 1] * 20) == wilson(40, 40)  # all right: the bootstrap would claim certainty
 
+@pytest.mark.parametrize("n", [20, 113, 500])
+def test_wilson_covers(n):
+    "Exact coverage, summed over all outcomes, at rates from 2% to 98%."
+    from scipy.stats import binom
+    bounds, k = np.array([wilson(k, n) for k in range(n + 1)]), np.arange(n + 1)
+    cover = [binom.pmf(k, n, p)[(bounds[:, 0] <= p) & (p <= bounds[:, 1])].sum() for p in np.linspace(.02, .98, 193)]
+    assert 0.945 < np.mean(cover) < 0.96 and min(cover) > 0.88
+
+def test_bootstrap_by_group_covers():
+    "1,000 sets of 60 facts with 4 questions each, where knowing a fact decides about all four."
+    rng, facts, inside = np.random.default_rng(0), np.repeat(np.arange(60), 4), np.zeros((1000, 2))
+    for i in range(1000):
+        right = rng.random(240) < np.repeat(rng.beta(.5, .5, 60), 4)
+        for j, groups in enumerate((facts, None)):
+            low, high = bootstrap(right, groups=groups, n=500)
+            inside[i, j] = low <= 0.5 <= high
+    by_fact, free = inside.mean(0)
+    assert 0.92 < by_fact < 0.97 and free < 0.85  # the truth for 2.5 times the variance: 0.785
+
+def test_paired_covers():
+    "1,000 changes of +10 points on 60 facts with 3 questions each; half of the facts get better, half worse."
+    rng, facts, inside = np.random.default_rng(1), np.repeat(np.arange(60), 3), []
+    for _ in range(1000):
+        base, change = np.repeat(rng.uniform(.3, .6, 60), 3), np.repeat(rng.choice([-.1, .3], 60), 3)
+        r = paired(rng.random(180) < base, rng.random(180) < base + change, facts)
+        inside.append(r["low"] <= 0.1 <= r["high"])
+    assert 0.92 < np.mean(inside) < 0.97
+
+def test_mcnemar_rejects_no_more_than_it_says(monkeypatch):
+    monkeypatch.setattr(evaluate, "bootstrap", lambda *a, **k: (0, 0))  # only p is looked at
+    rng = np.random.default_rng(2)
+    p = [paired(rng.random(120) < .5, rng.random(120) < .5)["p"] for _ in range(1000)]
+    assert 0.02 < np.mean(np.array(p) < 0.05) < 0.065
+
 def test_one_item_has_no_interval(): assert all(map(math.isnan, bootstrap([1.0])))
 
 def test_retention():
@@ -371,6 +528,90 @@ def test_retention():
     with pytest.raises(InputError, match="300 bytes before and 200"): retention({"t": text(1)}, {"t": dict(text(1), bytes=200)})
     for x, y in (({"a": text(1)}, {"b": text(1)}), ({}, {})):
         with pytest.raises(InputError, match="same probes twice"): retention(x, y)
+
+# --- screening
+
+FACTS = np.repeat(np.arange(40), 3)
+
+def quiz(correct, groups=None):
+    "A result of multiple_choice with these outcomes."
+    return dict(_rate([bool(c) for c in correct], list(range(len(correct))) if groups is None else list(groups)), chance=.25)
+
+def test_screen_by_hand():
+    from scipy.stats import ttest_rel
+    rng = np.random.default_rng(0)
+    right = {200: rng.random(100) < .6, 400: np.arange(100) < 75, 600: rng.random(100) < .6, 800: rng.random(100) < .2}
+    r = screen({k: quiz(v) for k, v in right.items()})
+    raw = {(a, b): ttest_rel(right[a].astype(float), right[b].astype(float)).pvalue for a in right for b in right if a < b}
+    order, low, want = sorted(raw, key=raw.get), 0.0, {}
+    for i, pair in enumerate(order): want[pair] = low = max(low, min(1, (len(order) - i) * raw[pair]))  # Holm (1979)
+    for k, row in r["checkpoints"].items():
+        assert row["accuracy"] == right[k].mean() and (row["low"], row["high"]) == wilson(int(right[k].sum()), 100)
+        if k == 400: assert (row["diff"], row["p"]) == (0, 1)
+        else:
+            assert row["p"] == pytest.approx(want[tuple(sorted((k, 400)))]) and row["diff"] == pytest.approx(right[k].mean() - .75)
+            assert row["diff_low"] < row["diff"] < row["diff_high"]
+    assert r["best"] == 400 and 800 not in r["tied"] and r["n"] == 100
+
+def test_screen_says_it_in_a_sentence():
+    a, b = [True] * 60 + [False] * 40, [True] * 62 + [False] * 38
+    bad = [False] * 80 + [True] * 20
+    assert screen({200: quiz(a), 400: quiz(b), 600: quiz(a), 800: quiz(bad)})["said"] == "step 400 is best, but 200 and 600 cannot be told from it on 100 questions"
+    assert screen({"base": quiz(bad), "tuned": quiz(b)})["said"] == "tuned is best, and every other one is worse on 100 questions"
+    same = screen({"a": quiz(a), "b": quiz(a)})
+    assert same["said"] == "a is best, but b cannot be told from it on 100 questions" and same["checkpoints"]["b"]["p"] == 1
+
+def test_screen_draws_groups_together():
+    rng = np.random.default_rng(3)
+    fact = {k: np.repeat(rng.random(12) < p, 10) for k, p in (("a", .3), ("b", .7))}
+    p = [screen({k: quiz(v) for k, v in fact.items()}, groups)["checkpoints"]["a"]["p"] for groups in (None, np.repeat(np.arange(12), 10))]
+    assert p[0] < 1e-4 < 0.02 < p[1]
+    assert screen({k: quiz(v, np.repeat(np.arange(12), 10)) for k, v in fact.items()})["checkpoints"]["a"]["p"] == p[1]
+
+def draw(rng, rates, luck=.1):
+    "Answers of checkpoints with these rates on one set of 40 facts: facts and questions differ in difficulty, and each checkpoint has its luck with each fact."
+    hard = np.repeat(rng.uniform(-.2, .2, 40), 3) + rng.uniform(-.15, .15, 120)
+    return {i: quiz(rng.random(120) < rate + hard + np.repeat(rng.choice([-luck, luck], 40), 3), FACTS) for i, rate in enumerate(rates)}
+
+def skip_what_is_not_tested(monkeypatch):
+    "For speed: no intervals of single figures, and no garbage collection in every call of statsmodels."
+    monkeypatch.setattr(evaluate, "bootstrap", lambda *a, **k: (1, 0))
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+
+def test_equal_checkpoints_are_called_equal(monkeypatch):
+    from statsmodels.stats.multitest import multipletests
+    skip_what_is_not_tested(monkeypatch)
+    holm = lambda p: multipletests(p, method="holm")[0]
+    rng, runs = np.random.default_rng(0), 200
+    sets = [draw(rng, [.5] * 8) for _ in range(runs)]
+    found = [screen(s) for s in sets]
+    assert np.mean([len(r["tied"]) < 7 for r in found]) <= 0.08
+    naive = [any(row["diff_high"] < 0 for row in r["checkpoints"].values()) for r in found]
+    assert np.mean(naive) > 0.2  # each difference to the best by itself: what the correction is for
+    best_only = [holm([difference([s[i]["correct"]], [s[r["best"]]["correct"]], FACTS)["p"] for i in s if i != r["best"]]).any() for s, r in zip(sets, found)]
+    assert np.mean(best_only) > 0.09  # the data chose the best, so a correction over its own seven pairs is not enough
+    assert np.mean([r["checkpoints"][r["best"]]["accuracy"] for r in found]) > 0.54  # the winner's curse
+
+def test_a_worse_checkpoint_is_found(monkeypatch):
+    skip_what_is_not_tested(monkeypatch)
+    rng = np.random.default_rng(1)
+    found = [screen(draw(rng, [.3, .6, .6, .6, .6])) for _ in range(50)]
+    assert np.mean([0 not in r["tied"] for r in found]) > 0.8 and np.mean([r["best"] != 0 for r in found]) == 1
+
+def test_screen_needs_the_same_questions():
+    a = quiz([True, False, True])
+    for found, said in (({}, "at least two"), ({1: a}, "at least two"), ({1: a, 2: quiz([True, False])}, "same questions"), ({1: a, 2: quiz([True] * 3, "xyz")}, "'1' and '2'")):
+        with pytest.raises(InputError, match=said): screen(found)
+
+def test_screen_plot():
+    import matplotlib
+    matplotlib.use("Agg")
+    good, bad = [True] * 60 + [False] * 40, [False] * 80 + [True] * 20
+    fig = screen_plot(screen({200: quiz(good), 400: quiz([True] * 62 + [False] * 38), 600: quiz(bad)}))
+    points = [c[0] for c in fig.axes[0].containers]
+    assert [p.get_color() for p in points] == ["C0", "C0", "grey"] and [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["200", "400", "600"]
+    assert [p.get_markerfacecolor() for p in points] == ["white", "C0", "white"] and [float(p.get_ydata()[0]) for p in points] == pytest.approx([60, 62, 20])
+    matplotlib.pyplot.close(fig)
 
 def test_compare_plot():
     import matplotlib

@@ -5,21 +5,23 @@
 The models are loaded outside the timed part. lm-eval is timed inside its `loglikelihood` (its data loading and reporting do not count), with the
 best of its batch sizes 1, 8 and 16 on a sample of the questions. MMLU comes from shared/data beside the checkout; without it only the demo set is measured.
 """
-import argparse, csv, json, logging, os, random, tempfile, time
+import argparse, ast, logging, os, random, tempfile, time
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def lm_eval_run(model, tok, rows, batch_size=8):
-    "lm-eval's result on question rows as a local cloze task: dict of picks (acc), picks_norm (acc_norm), loglik, seconds, cpu_seconds."
-    import numpy as np
+def lm_eval_run(model, tok, rows, batch_size=8, **how):
+    "lm-eval's result on question rows as `export_lm_eval` writes them: dict of picks (acc), picks_norm (acc_norm), loglik, prompts, seconds, cpu_seconds."
+    import datasets, numpy as np
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+    from domain_llm.evaluate import export_lm_eval
     logging.disable(logging.WARNING)
     disable_progress_bar()
     class Timed(HFLM):
@@ -29,31 +31,20 @@ def lm_eval_run(model, tok, rows, batch_size=8):
             self.seconds, self.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
             return out
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            data = Path(folder) / "q.jsonl"
-            data.write_text("".join(json.dumps(dict(question=r["question"], choices=r["choices"], answer=r["answer"])) + "\n" for r in rows), encoding="utf-8")
-            (Path(folder) / "t.yaml").write_text(f"""task: local_mcq
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {folder}/cache}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-""")
+        with tempfile.TemporaryDirectory() as folder, patch.object(datasets.config, "HF_DATASETS_CACHE", Path(folder) / "cache"):
+            export_lm_eval(rows, folder, "local_mcq", **how)
             lm = Timed(pretrained=model, tokenizer=tok, batch_size=batch_size)
             got = simple_evaluate(model=lm, tasks=["local_mcq"], task_manager=TaskManager(include_path=folder, include_defaults=False), bootstrap_iters=0, log_samples=True, verbosity="ERROR")
     finally:
         logging.disable(logging.NOTSET)
         enable_progress_bar()
     samples = sorted(got["samples"]["local_mcq"], key=lambda s: s["doc_id"])
-    loglik = [[float(r[0][0]) for r in s["resps"]] for s in samples]
+    loglik, options = [[float(r[0][0]) for r in s["resps"]] for s in samples], [ast.literal_eval(s["doc"]["options"]) for s in samples]
     picks = [int(np.argmax(x)) for x in loglik]
-    norm = [int(np.argmax([v / len(c) for v, c in zip(x, r["choices"])])) for x, r in zip(loglik, rows)]
+    norm = [int(np.argmax([v / len(o) for v, o in zip(x, oo)])) for x, oo in zip(loglik, options)]
     assert [p == r["answer"] for p, r in zip(picks, rows)] == [bool(s["acc"]) for s in samples]
     assert [p == r["answer"] for p, r in zip(norm, rows)] == [bool(s["acc_norm"]) for s in samples]
-    return dict(picks=picks, picks_norm=norm, loglik=loglik, seconds=lm.seconds, cpu_seconds=lm.cpu_seconds)
+    return dict(picks=picks, picks_norm=norm, loglik=loglik, prompts=[s["arguments"][0][0] for s in samples], seconds=lm.seconds, cpu_seconds=lm.cpu_seconds)
 
 
 def mmlu(n, seed=0):

@@ -1,22 +1,31 @@
 """Training speed beside TRL's SFTTrainer: same model, rows, precision and machine, in one run, arms in turn.
 
-    python tools/bench_train.py [--tokens 12000] [--rounds 3]      # writes nbs/results/bench_train.json
+    python tools/bench_train.py [--tokens 12000] [--rounds 3] [--alpaca FILE]      # writes nbs/results/bench_train.json
 
-Tasks: continued pre-training (tokens per second) and fine-tuning on conversations (rows per second). The learning rate is so small that no weight moves,
-so the mean loss of every arm is over the same tokens of the same model and must agree; all other work of a step is done.
+Tasks: continued pre-training (tokens per second) and fine-tuning on conversations (rows per second), the package's own, which are short and alike, and with
+--alpaca those of a file with instruction, input and output, of which there are many on the hub. The learning rate is so small that no weight moves, so the
+mean loss of every arm is over the same tokens of the same model and must agree; all other work of a step is done.
 """
 import argparse, json, statistics, subprocess, sys, tempfile, time, warnings
+from pathlib import Path
 
 warnings.filterwarnings("ignore")
 RATE = 1e-12
 LENGTH = 1024
 
 
+def conversations(path):
+    "The rows of an Alpaca file as conversations."
+    from domain_llm.core import read_json
+    turns = [(r["instruction"] + ("\n\n" + r["input"] if r.get("input") else ""), r["output"]) for r in read_json(path)]
+    return [dict(messages=[dict(role="user", content=q), dict(role="assistant", content=a)]) for q, a in turns if a.strip()]
+
+
 def rows_of(task, tok, tokens):
-    "About `tokens` tokens of rows: documents (Python's documentation, of very different lengths, as real documents are) or conversations (general ones)."
+    "About `tokens` tokens of rows: documents (Python's documentation, of very different lengths, as real documents are) or conversations (the package's, or a file's)."
     import random
     from domain_llm import demo, mix, sft
-    found, coded = list(demo.python_docs() if task == "pretrain" else demo.general_instructions()), []
+    found, coded = list(demo.python_docs() if task == "pretrain" else demo.general_instructions() if task == "sft" else conversations(task)), []
     for r in random.Random(0).sample(found, len(found)):
         coded += mix.tokenize([r], tok, "a", LENGTH) if task == "pretrain" else sft.encode(r["messages"], tok)
         if sum(len(x["input_ids"]) for x in coded) >= tokens: break
@@ -93,13 +102,13 @@ def arm(task, name, tokens):
     return json.loads(p.stdout.splitlines()[-1])
 
 
-def bench(tokens, rounds):
+def bench(tokens, rounds, alpaca=None):
     from domain_llm.models import load
     model, tok = load()
     parameters = sum(p.numel() for p in model.parameters())
     del model
     result = dict(tasks={}, rounds=rounds)
-    for task in ("pretrain", "sft"):
+    for task in ("pretrain", "sft", *([alpaca] if alpaca else [])):
         coded = rows_of(task, tok, tokens)
         n = sum(len(r["input_ids"]) for r in coded)
         taken = {a: [] for a in ARMS}
@@ -107,9 +116,9 @@ def bench(tokens, rounds):
             for name in ARMS:
                 r = arm(task, name, tokens)
                 taken[name].append(r)
-                print(f"{task} round {i + 1} {name}: {n / r['seconds']:.0f} tokens/s, {len(coded) / r['seconds']:.2f} rows/s, loss {r['loss']:.4f}", flush=True)
+                print(f"{Path(task).stem} round {i + 1} {name}: {n / r['seconds']:.0f} tokens/s, {len(coded) / r['seconds']:.2f} rows/s, loss {r['loss']:.4f}", flush=True)
         median = {a: statistics.median(r["seconds"] for r in rs) for a, rs in taken.items()}
-        result["tasks"][task] = dict(tokens=n, rows=len(coded), runs=taken, tokens_per_second={a: n / s for a, s in median.items()}, rows_per_second={a: len(coded) / s for a, s in median.items()},
+        result["tasks"]["sft_alpaca" if task == alpaca else task] = dict(tokens=n, rows=len(coded), runs=taken, tokens_per_second={a: n / s for a, s in median.items()}, rows_per_second={a: len(coded) / s for a, s in median.items()},
                                      loss={a: rs[0]["loss"] for a, rs in taken.items()}, speedup_over_default=median["trl_default"] / median["ours"], speedup_over_best=median["trl_best"] / median["ours"])
     peak = matmul_peak()
     result.update(bf16_matmul_flops=peak, parameters=parameters, share_of_peak=6 * parameters * result["tasks"]["pretrain"]["tokens_per_second"]["ours"] / peak)
@@ -120,6 +129,7 @@ def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a.add_argument("--tokens", type=int, default=12000, help="tokens of each task (%(default)s)")
     a.add_argument("--rounds", type=int, default=3, help="times each arm runs (%(default)s)")
+    a.add_argument("--alpaca", metavar="FILE", help="JSON list of rows with instruction, input and output, for a second fine-tuning task")
     a.add_argument("--arm", nargs=2, metavar=("TASK", "ARM"), help="run one arm and print its figures")
     a = a.parse_args()
     if a.arm:
@@ -127,7 +137,7 @@ def main():
         return print(json.dumps(ARMS[a.arm[1]](rows_of(a.arm[0], load_tokenizer(), a.tokens))))
     from domain_llm.core import save_result
     start = time.time()
-    result = bench(a.tokens, a.rounds)
+    result = bench(a.tokens, a.rounds, a.alpaca)
     for task, r in result["tasks"].items(): print(f"{task}: {r['speedup_over_default']:.2f}x TRL's defaults, {r['speedup_over_best']:.2f}x its best configuration")
     print(f"{result['share_of_peak']:.0%} of the bf16 matmul peak ({result['bf16_matmul_flops'] / 1e9:.0f} GFLOP/s)")
     print(save_result("bench_train", result, started=start))
