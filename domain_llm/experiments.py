@@ -32,11 +32,11 @@ _DOMAIN = _KEEPS + [dict(text="at equal domain tokens, 1:5 learns the domain bet
 # %% ../nbs/19_experiments.ipynb #793f48bc
 def _selected(**how): return lambda cfg: {"select": {"kinds": [], **how}}
 
-_SELECT = {k: _selected(by="random", kinds=[k]) for k in ("standard", "book", "web", "news")} | {f"by {b}": _selected(by=b) for b in ("random", "density", "quality", "dsir", "diverse")}
+_SELECT = {k: _selected(by="random", kinds=[k]) for k in ("standard", "book", "web", "news")} | {f"by {b}": _selected(by=b) for b in ("random", "density", "dsir", "diverse")}
 _PICKS = [dict(text="standards teach more than web pages, token for token", metric="domain_mcq", arm="standard", base="web"),
           dict(text="the handbook teaches more than web pages, token for token", metric="domain_mcq", arm="book", base="web"),
           dict(text="standards teach more than news, token for token", metric="domain_mcq", arm="standard", base="news"),
-          *[dict(text=f"text selected by {b} teaches more than text drawn at random", metric="domain_mcq", arm=f"by {b}", base="by random") for b in ("density", "quality", "dsir", "diverse")]]
+          *[dict(text=f"text selected by {b} teaches more than text drawn at random", metric="domain_mcq", arm=f"by {b}", base="by random") for b in ("density", "dsir", "diverse")]]
 
 # %% ../nbs/19_experiments.ipynb #a93dbefd
 def _low(cfg): return {"pretrain": {"schedule": "constant", "warmup": 0, "learning_rate": cfg["pretrain"]["learning_rate"] / 10}}

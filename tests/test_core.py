@@ -49,3 +49,14 @@ def test_peak_memory_sees_an_allocation():
     before = core.peak_memory_gb()
     block = bytearray(300_000_000); block[::4096] = b"x" * len(block[::4096])
     assert core.peak_memory_gb() - before > 0.2
+
+
+@pytest.mark.parametrize("obj", [[], {}, {"a": [1, 2.5, None, True, "x"]}, {"a": [[1, 2], [3]], "b": ["]", "[", "{\n}", "a, b"]}, [{"a": []}, "\n[1,\n2]"]])
+def test_json_says_the_same_with_short_lists_on_a_line(obj, tmp_path):
+    core.write_json(tmp_path / "x.json", obj)
+    assert core.read_json(tmp_path / "x.json") == obj
+
+
+def test_plain_lists_take_one_line(tmp_path):
+    core.write_json(tmp_path / "x.json", {"values": list(range(1000)), "n": 1})
+    assert len((tmp_path / "x.json").read_text().splitlines()) == 4

@@ -1,4 +1,4 @@
-import json, subprocess, sys
+import json, random, subprocess, sys
 from pathlib import Path
 
 import pytest, yaml
@@ -40,3 +40,50 @@ def test_help_names_every_experiment():
 def test_bad_input_is_one_line(words, says, tmp_path):
     p = command(*words, "--output", tmp_path / "o")
     assert p.returncode == 2 and says in p.stderr and "Traceback" not in p.stderr
+
+
+def test_an_experiment_on_documents_without_questions(tiny_folder, tmp_path):
+    "Claims on accuracy fall away, those on bits per byte stay, and the text to replay may be named."
+    docs, rng = tmp_path / "docs", random.Random(0)
+    docs.mkdir()
+    for i in range(12): (docs / f"{i}.md").write_text(f"# Manual {i}\n\n" + " ".join(rng.choices("pump valve seal flange gasket torque rotor stator".split(), k=80)) + ".\n")
+    recipe = small(tiny_folder) | dict(data=dict(documents=[str(docs)]), mix=dict(parts=dict(domain=1, general=1), tokens=1200))
+    del recipe["demo"]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    result = experiments.ablation("mix", tmp_path / "r.yaml", seeds=1, output=tmp_path / "out")
+    assert set(result["before"]) == {"domain_bpb", "general_bpb", "general_mcq"} and {c["metric"] for c in result["claims"]} == {"general_bpb"}
+    assert len(result["before"]["general_bpb"]["values"]) > 1
+
+
+def test_kinds_that_are_not_there_give_no_arm(tmp_path):
+    from domain_llm import recipe
+    cfg = recipe.check(dict(demo=8, mix=dict(tokens=1000)))
+    docs = [dict(text="x" * 640, kind=k) for k in ("standard", "web")]
+    arms = experiments._arms(experiments.EXPERIMENTS["select"], cfg, docs, "mark")
+    assert [a for a in arms if not a.startswith("by ")] == ["standard", "web"]
+    assert {a["select"]["tokens"] for a in arms.values()} == {80}  # a quarter of 1,280 bytes at four bytes a token
+    assert arms["by dsir"]["select"]["by"] == "dsir" and arms["web"]["select"]["kinds"] == ["web"]
+
+
+def planned(shares, tokens, law):
+    "A result of `mix-pilots` whose losses follow a law exactly."
+    name = lambda g, t: f"{g:.2f} {t}"
+    arms = {name(g, t): dict(mix=dict(parts=dict(domain=1, instructions=1, **({"general": 2 * g / (1 - g)} if g else {})), tokens=t)) for g in shares for t in tokens}
+    runs = {name(g, t): {"0": dict(domain_bpb=dict(values=[law(1 - g, t)[0]] * 2), general_bpb=dict(values=[law(g, t)[1]] * 2))} for g in shares for t in tokens}
+    return dict(arms=arms, runs=runs, before=dict(general_bpb=dict(values=[1.0, 1.0])), mix=dict(tokens=30_000), pretrain=dict(forgetting_budget=0.15), claims=[], experiment="mix-pilots")
+
+
+def test_pilots_count_everything_but_general_text_as_domain():
+    result = planned((0, 0.5), (1000,), lambda share, t: (share, share))
+    assert [p["share"] for p in experiments.pilots(result, "general_bpb")] == pytest.approx([0, 0.5])
+    assert [p["share"] for p in experiments.pilots(result, "domain_bpb")] == pytest.approx([1, 0.5])
+    assert {p["tokens"] for p in experiments.pilots(result, "domain_bpb")} == {1000}
+
+
+def test_advice_finds_the_share_that_keeps_the_budget():
+    "General loss 1 + 0.02 (t / 1000)^0.5 / (g + 0.1) at 30,000 tokens: within 15% from g = 0.63; the domain's loss falls with its share."
+    law = lambda share, t: (0.5 + 0.1 / (share + 0.2) + 0.2 * (1000 / t) ** 0.5, 1 + 0.02 * (t / 1000) ** 0.5 / (share + 0.1))
+    result = planned((0, 0.25, 0.5, 0.75, 0.9), (3000, 6000, 9000), law)
+    found, _ = experiments.advise(result, 0.15)
+    want = 0.02 * 30 ** 0.5 / 0.15 - 0.1
+    assert found["feasible"] and abs((1 - found["share"]) - want) < 0.03

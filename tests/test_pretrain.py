@@ -166,3 +166,11 @@ def test_lora_trains_adapters_only(tok, tiny_folder, tmp_path):
 
 def test_nothing_to_train_on():
     with pytest.raises(InputError, match="nothing to train on"): pretrain.pack([], 32)
+
+
+@pytest.mark.parametrize("schedule, last", [("constant", 1.0), ("cosine", 0.1)])
+def test_the_rate_follows_its_schedule(tok, tiny_folder, tmp_path, schedule, last):
+    from domain_llm.models import load
+    cfg = {**CFG, "schedule": schedule, "warmup": 0, "learning_rate": 1e-3, "length": 32, "tokens_per_step": 32}
+    rates = [h["learning_rate"] for h in pretrain.train(load(str(tiny_folder))[0], rows_of(tok, 40), tmp_path, cfg)["history"] if "learning_rate" in h]
+    assert len(rates) > 5 and rates[0] == pytest.approx(1e-3, rel=0.02) and rates[-1] <= last * 1e-3 and (schedule == "cosine" or min(rates) == max(rates))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest, yaml
 
-from domain_llm import recipe
+from domain_llm import mix, recipe
 from domain_llm.core import InputError
 
 
@@ -162,3 +162,12 @@ def test_own_multiplechoice_is_leak_free(whole):
     text = " ".join(r["text"] for r in read_jsonl(whole[1] / "corpus" / "documents.jsonl"))
     questions = {q["question"] for q in read_jsonl(whole[1] / "demo" / "questions" / "domain_mcq.jsonl")}
     assert truth and not [q for q in questions if q in text]
+
+
+def test_documents_are_selected_within_the_budget(tok):
+    docs = [dict(text=f"Section {i}. The pump of line {i} runs at {10 + i} bar and shall be checked after {i} days.", kind=k, source="s", id=f"{k}{i}") for i in range(20) for k in ("standard", "news")]
+    cfg = recipe.check(dict(demo=8, select=dict(tokens=200, kinds=["standard"])))
+    found = recipe._selected(docs, cfg, tok)
+    sizes = [len(r["input_ids"]) for r in mix.tokenize(found, tok, "x")]
+    assert {d["kind"] for d in found} == {"standard"} and 150 < sum(sizes) <= 200
+    assert recipe._selected(docs, recipe.check(dict(demo=8)), tok) == docs
