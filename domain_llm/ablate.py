@@ -76,8 +76,11 @@ def compare(runs:dict, # as from `run`
 def needed(r:dict, # as from `difference`
            margin:float=0.0): # the difference to tell it from
     "Groups of items (at these seeds) and seeds (at these items) at which a 95% interval of this difference would clear the margin; None where no number does."
-    gap, p = ((r["diff"] - margin) / 1.96) ** 2, r["parts"]
-    def smallest(per, fixed): return math.ceil(per / (gap - fixed)) if gap > fixed else None
+    from bisect import bisect_left
+    from scipy.stats import t
+    gap, p, most = abs(r["diff"] - margin), r["parts"], 10**7
+    def clears(n, per, fixed): return t.ppf(0.975, n - 1) * math.sqrt(per / n + fixed) <= gap
+    def smallest(per, fixed): return 2 + bisect_left(range(2, most), True, key=lambda n: clears(n, per, fixed)) if clears(most, per, fixed) else None
     return dict(groups=smallest(p["group"] + p["both"] / r["seeds"], p["seed"] / r["seeds"]), seeds=smallest(p["seed"] + p["both"] / r["groups"], p["group"] / r["groups"]))
 
 def verdict(runs:dict, # as from `run`

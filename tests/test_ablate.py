@@ -103,8 +103,11 @@ def test_needed_sizes_do_resolve():
     r = dict(diff=0.1, parts=dict(seed=0.001, group=0.5, both=1.0), seeds=3, groups=40)
     n = ablate.needed(r)
     se = lambda S, G: np.sqrt(0.001 / S + 0.5 / G + 1.0 / (S * G))
-    assert 1.96 * se(3, n["groups"]) <= 0.1 < 1.96 * se(3, n["groups"] - 2)
+    half = lambda S, G, n: stats.t.ppf(0.975, n - 1) * se(S, G)
+    assert half(3, n["groups"], n["groups"]) <= 0.1 < half(3, n["groups"] - 1, n["groups"] - 1)
     assert n["seeds"] is None  # forty groups alone leave more than the difference
+    few = ablate.needed(dict(diff=1.0, parts=dict(seed=0.5, group=0.0, both=0.0), seeds=2, groups=40))["seeds"]
+    assert few == 5 and 1.96 * np.sqrt(0.5 / 2) < 1  # by hand: t(4) = 2.776, times sqrt(0.5 / 5) is 0.88; t(3) = 3.182 gives 1.13
 
 
 def test_detectable_has_the_power_it_says():
