@@ -102,7 +102,7 @@ def sentence(c:dict, # one claim of `verdict`
     "The verdict on a claim in one sentence."
     said = f"{c['text']}: {c['verdict']}. {c['arm']} against {c['base']}: {scale * c['diff']:+.3g} {unit} (95% interval {scale * c['low']:+.3g} to {scale * c['high']:+.3g}; {c['seeds']} seeds, {c['groups']} groups of items)"
     if c["verdict"] != "not resolved at this size": return said + "."
-    ways = [f"{n} {what}" for what, n in (("groups of items", c["needed"]["groups"]), ("seeds", c["needed"]["seeds"])) if n]
+    ways = [f"{c['needed'][k]} {what}" for k, what in (("groups", "groups of items"), ("seeds", "seeds")) if (c["needed"][k] or 0) > c[k]]
     return said + (f"; a difference of this size would take about {' or '.join(ways)}." if ways else "; neither more items alone nor more seeds alone would resolve it.")
 
 # %% ../nbs/05_ablate.ipynb #8f28f9ae

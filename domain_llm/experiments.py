@@ -182,7 +182,7 @@ def told(result:dict): # as `ablation` gives it
     for arm, seeds in result["runs"].items(): rows.append([arm, *(f"{fmean(mean(s[n]) for s in seeds.values()):.3f}" for n in names)])
     wide = max(len(r[0]) for r in rows)
     lines = [r[0].ljust(wide) + "".join(f"{c:>14}" for c in r[1:]) for r in [["", *names], *rows]]
-    for c in result["claims"]: lines.append(ablate.sentence(c, *(() if c["metric"].endswith("mcq") else ("bits per byte", 1))))
+    for c in ablate.verdict(result["runs"], result["claims"]): lines.append(ablate.sentence(c, *(() if c["metric"].endswith("mcq") else ("bits per byte", 1))))
     return "\n".join(lines + ([_advised(result)] if result["experiment"] == "mix-pilots" else []))
 
 # %% ../nbs/19_experiments.ipynb #0093ea86
@@ -200,7 +200,7 @@ def advise(result:dict, # of `mix-pilots`
            budget:float): # share by which general bits per byte may rise
     "The ratio that the pilots' laws choose for a whole run, as from `mix.solve`, and the two laws."
     from domain_llm import mix
-    laws = [mix.bootstrap_law(pilots(result, metric), rising=rising) for metric, rising in (("domain_bpb", False), ("general_bpb", True))]
+    laws = [mix.bootstrap_law(pilots(result, metric), n=100, rising=rising) for metric, rising in (("domain_bpb", False), ("general_bpb", True))]
     return mix.solve(*laws, fmean(result["before"]["general_bpb"]["values"]), budget, tokens=result["mix"]["tokens"]), laws
 
 def _advised(result):
