@@ -128,7 +128,7 @@ def effects(runs:dict, metric:str, base:str, # as in `compare`
         r = compare(runs, metric, arm, base)
         ax.errorbar(scale * r["diff"], y, xerr=[[scale * (r["diff"] - r["low"])], [scale * (r["high"] - r["diff"])]], fmt="o", capsize=4, color="#1565c0")
     ax.axvline(0, color="grey", lw=1, ls="--")
-    ax.set(yticks=range(len(others)), yticklabels=others[::-1], ylim=(-0.6, len(others) - 0.4), xlabel=f"{metric}: difference to {base}{f' ({unit})' if unit else ''}")
+    ax.set(yticks=range(len(others)), yticklabels=others[::-1], ylim=(-0.6, len(others) - 0.4), xlabel=f"{metric}: difference to '{base}'{f' ({unit})' if unit else ''}")
     return fig
 
 def trade(runs:dict, x:str, y:str, # metrics: what is lost and what is gained
