@@ -72,6 +72,7 @@ DEFAULTS = dict(
     tokens_per_step=512,      # tokens in one optimizer step
     length=512,               # tokens in one packed row; longer conversations are left out
     warmup=0.1,               # share of the steps in which the rate rises
+    schedule="cosine",        # then: cosine (falls to 0) or constant
     weight_decay=0.0,
     rank=16, alpha=32,        # LoRA: rank of the adapter and its scale
     probes=2,                 # how often the probes run and a checkpoint is written
