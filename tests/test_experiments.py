@@ -30,6 +30,17 @@ def test_an_experiment_on_a_recipe_from_the_command_line(tiny_folder, tmp_path):
     assert json.loads((out / "result.json").read_text())["runs"] == result["runs"]  # the same settings and seed, the same figures
 
 
+@pytest.mark.parametrize("name, arms", [("rehearse", {"no replay", "general text", "rehearsal"}), ("select", {"standard", "book", "web", "news", "by random", "by density", "by dsir", "by diverse"})])
+def test_the_other_experiments_train(tiny_folder, tmp_path, name, arms):
+    recipe = small(tiny_folder) | dict(mix=dict(tokens=600), evaluate=dict(questions=8, probe_tokens=100), select=dict(tokens=600 if name == "select" else None))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    result = experiments.ablation(name, tmp_path / "r.yaml", seeds=1, output=tmp_path / "out")
+    assert set(result["runs"]) == arms and result["claims"]
+    seen = [m["0"]["domain_bpb"]["values"] for m in result["runs"].values()]
+    assert all(a != b for i, a in enumerate(seen[:5]) for b in seen[:i])  # scorers may agree on so small a corpus; the first five arms trained on different texts
+    if name == "rehearse": assert "rehearsal-0-0" in (tmp_path / "out" / "rehearsal.jsonl").read_text()
+
+
 def test_help_names_every_experiment():
     said = command("ablate", "--help").stdout
     for name in experiments.EXPERIMENTS: assert name in said
