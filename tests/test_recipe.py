@@ -1,5 +1,5 @@
 """A whole run on a tiny random model: stages, skipping, killing, resuming."""
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest, yaml
@@ -171,3 +171,12 @@ def test_documents_are_selected_within_the_budget(tok):
     sizes = [len(r["input_ids"]) for r in mix.tokenize(found, tok, "x")]
     assert {d["kind"] for d in found} == {"standard"} and 150 < sum(sizes) <= 200
     assert recipe._selected(docs, recipe.check(dict(demo=8)), tok) == docs
+
+
+def test_settings_know_what_their_modules_know():
+    "The recipe names ways to select and kinds itself, so that the command line starts at once."
+    from domain_llm import corpus, select
+    for kind, known in (("way to select", list(select.SCORES)), ("kinds", list(corpus.KINDS))):
+        says, ok = recipe.KINDS[kind]
+        assert set(re.findall(r"[a-z]+", says.split(":")[-1])) - {"or"} == set(known)
+        assert all(ok([k] if kind == "kinds" else k) for k in known)
