@@ -74,12 +74,13 @@ def compare(runs:dict, # as from `run`
 
 # %% ../nbs/05_ablate.ipynb #e84a40f3
 def needed(r:dict, # as from `difference`
-           margin:float=0.0): # the difference to tell it from
-    "Groups of items (at these seeds) and seeds (at these items) at which a 95% interval of this difference would clear the margin; None where no number does."
+           margin:float=0.0, # the difference to tell it from
+           alpha:float=0.05): # one minus the level of the interval
+    "Groups of items (at these seeds) and seeds (at these items) at which an interval of this difference would clear the margin; None where no number does."
     from bisect import bisect_left
     from scipy.stats import t
     gap, p, most = abs(r["diff"] - margin), r["parts"], 10**7
-    def clears(n, per, fixed): return t.ppf(0.975, n - 1) * math.sqrt(per / n + fixed) <= gap
+    def clears(n, per, fixed): return t.ppf(1 - alpha / 2, n - 1) * math.sqrt(per / n + fixed) <= gap
     def smallest(per, fixed): return 2 + bisect_left(range(2, most), True, key=lambda n: clears(n, per, fixed)) if clears(most, per, fixed) else None
     return dict(groups=smallest(p["group"] + p["both"] / r["seeds"], p["seed"] / r["seeds"]), seeds=smallest(p["seed"] + p["both"] / r["groups"], p["group"] / r["groups"]))
 
@@ -87,14 +88,16 @@ def verdict(runs:dict, # as from `run`
             claims:list): # dicts of text, metric, arm, base, more (True: the arm has more of the metric) and margin (in the metric's units; 0 when not given)
     "Each claim with its difference, corrected p value (Holm) and verdict: supported, refuted, or not resolved at this size."
     from statsmodels.stats.multitest import multipletests
-    out = []
+    out, margins = [], []
     for c in claims:
         sign = 1 if c.get("more", True) else -1
-        margin = sign * c.get("margin", 0.0)
-        r = compare(runs, c["metric"], c["arm"], c["base"], margin)
-        out.append(dict(c, **r, margin=c.get("margin", 0.0), beyond=sign * (r["diff"] - margin), needed=needed(r, margin)))
-    for c, sure, p in zip(out, *multipletests([c["p"] for c in out], method="holm")[:2]) if out else ():
-        c.update(p_holm=float(p), verdict="not resolved at this size" if not sure else "supported" if c["beyond"] > 0 else "refuted")
+        margins.append(sign * c.get("margin", 0.0))
+        r = compare(runs, c["metric"], c["arm"], c["base"], margins[-1])
+        out.append(dict(c, **r, margin=c.get("margin", 0.0), beyond=sign * (r["diff"] - margins[-1])))
+    sure, p_holm = multipletests([c["p"] for c in out], method="holm")[:2] if out else ((), ())
+    bar = 0.05 / max(len(out) - sum(sure), 1)  # what the first claim that is not resolved has to pass
+    for c, margin, s, p in zip(out, margins, sure, p_holm):
+        c.update(p_holm=float(p), verdict="not resolved at this size" if not s else "supported" if c["beyond"] > 0 else "refuted", needed=needed(c, margin, bar))
     return out
 
 def sentence(c:dict, # one claim of `verdict`
@@ -102,7 +105,7 @@ def sentence(c:dict, # one claim of `verdict`
     "The verdict on a claim in one sentence."
     said = f"{c['text']}: {c['verdict']}. {c['arm']} against {c['base']}: {scale * c['diff']:+.3g} {unit} (95% interval {scale * c['low']:+.3g} to {scale * c['high']:+.3g}; {c['seeds']} seeds, {c['groups']} groups of items)"
     if c["verdict"] != "not resolved at this size": return said + "."
-    ways = [f"{c['needed'][k]} {what}" for k, what in (("groups", "groups of items"), ("seeds", "seeds")) if (c["needed"][k] or 0) > c[k]]
+    ways = [f"{float(format(c['needed'][k], '.2g')):,.0f} {what}" for k, what in (("groups", "groups of items"), ("seeds", "seeds")) if (c["needed"][k] or 0) > c[k]]
     return said + (f"; a difference of this size would take about {' or '.join(ways)}." if ways else "; neither more items alone nor more seeds alone would resolve it.")
 
 # %% ../nbs/05_ablate.ipynb #8f28f9ae

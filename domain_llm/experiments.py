@@ -36,7 +36,9 @@ _SELECT = {k: _selected(by="random", kinds=[k]) for k in ("standard", "book", "w
 _PICKS = [dict(text="standards teach more than web pages, token for token", metric="domain_mcq", arm="standard", base="web"),
           dict(text="the handbook teaches more than web pages, token for token", metric="domain_mcq", arm="book", base="web"),
           dict(text="standards teach more than news, token for token", metric="domain_mcq", arm="standard", base="news"),
-          *[dict(text=f"text selected by {b} teaches more than text drawn at random", metric="domain_mcq", arm=f"by {b}", base="by random") for b in ("density", "dsir", "diverse")]]
+          *[dict(text=f"text selected by {b} teaches more than text drawn at random", metric="domain_mcq", arm=f"by {b}", base="by random") for b in ("density", "dsir", "diverse")],
+          *[dict(text=f"text selected by {b} predicts held-out documents better than text drawn at random", metric="domain_bpb", arm=f"by {b}", base="by random", more=False)
+            for b in ("density", "dsir", "diverse")]]
 
 # %% ../nbs/19_experiments.ipynb #a93dbefd
 def _low(cfg): return {"pretrain": {"schedule": "constant", "warmup": 0, "learning_rate": cfg["pretrain"]["learning_rate"] / 10}}
@@ -71,9 +73,9 @@ def _merged(cfg, change):
     "A copy of `cfg` with the settings of `change` in place, level by level; the parts of a mixture are replaced as a whole."
     return {k: _merged(v, change[k]) if isinstance(v, dict) and isinstance(change.get(k), dict) and k != "parts" else change.get(k, v) for k, v in {**change, **cfg}.items()}
 
-def _excerpts(docs, size=800):
-    "The first `size` characters of each document, as rows."
-    return [dict(text=d["text"][:size], source=d["source"], kind="general", id=d["id"]) for d in docs]
+def _excerpts(docs, size):
+    "The rows with the first `size` characters of their text."
+    return [{**d, "text": d["text"][:size]} for d in docs]
 
 def values(found:dict): # as `recipe.figures` gives them
     "Per metric one value per item, whose mean is the metric, and the items' groups."
@@ -96,24 +98,26 @@ def _checked(name, path, seeds, tokens):
     return what, cfg
 
 def _prepare(what, cfg, out):
-    "The data, the cleaned documents in out/corpus, the general probe and the rehearsal text; gives the data, the documents and a mark of their content."
+    "The data, the cleaned documents in out/corpus, the probes and the rehearsal text; gives the data, the documents and a mark of their content."
     from domain_llm import recipe
     data = recipe.gather(cfg)
     mark = recipe.stage_fingerprints(cfg, data)["corpus"]
     if not recipe.begin(out / "corpus", mark):
         recipe.corpus_stage(cfg, data, out / "corpus")
         write_json(out / "corpus" / "manifest.json", dict(fingerprint=mark))
-    write_jsonl(out / "general_probe.jsonl", _excerpts(recipe.probes(cfg, data, out)[1]))
+    held, general = recipe.probes(cfg, data, out)
+    write_jsonl(out / "corpus" / "held_out.jsonl", _excerpts(held, 1000))
+    write_jsonl(out / "general_probe.jsonl", _excerpts(general, 800))
     docs = read_jsonl(out / "corpus" / "documents.jsonl")
     if "rehearsal" in what["arms"]: _rehearse(cfg, _rehearsal(cfg))
     return data | {"general_probe": [str(out / "general_probe.jsonl")]}, docs, mark
 
 def _rehearse(cfg, path):
-    "A third of the run's tokens, written by the model before training; kept for the next call."
+    "The half of the run's tokens that 1:1 replays, written by the model before training; kept for the next call."
     from domain_llm import mix, recipe
     if path.exists(): return
     model, tok = recipe.load_to_measure(cfg["model"], cfg)
-    write_jsonl(path, mix.rehearse(model, tok, cfg["mix"]["tokens"] // 3, seed=cfg["seed"]))
+    write_jsonl(path, mix.rehearse(model, tok, cfg["mix"]["tokens"] // 2, seed=cfg["seed"]))
 
 # %% ../nbs/19_experiments.ipynb #99677aed
 def _arms(what, cfg, docs, mark):

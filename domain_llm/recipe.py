@@ -36,7 +36,7 @@ SCHEMA = {
         "ask": ([], "texts"),                   # questions whose answers the report shows before and after
     },
     "corpus": {"near_duplicate": (0.7, "share"), "min_chars": (200, "from 0"), "held_out": (0.1, "share")},
-    "select": {"tokens": (None, "whole"), "by": ("density", "way to select"), "kinds": ([], "kinds")},
+    "select": {"tokens": (None, "whole"), "by": ("density", "way to select"), "kinds": ([], "kinds"), "near": (None, "share")},
     "mix": {"parts": ({"domain": 1, "general": 1}, "parts"), "epochs": (1, "above 0"), "tokens": (None, "whole"), "max_epochs": (4, "above 0")},
     "pretrain": {k: (v, _TRAIN[k]) for k, v in pretraining.DEFAULTS.items()},
     "sft": {"epochs": (1, "above 0"), **{k: (v, _TRAIN[k]) for k, v in finetuning.DEFAULTS.items()}},
@@ -216,14 +216,15 @@ def baseline_stage(cfg, data, out):
 # %% ../nbs/17_recipe.ipynb #43092b73
 def _instruction_rows(data): return [r for p in data["instructions"] for r in finetuning.read_conversations(p)]
 
-def _selected(docs, cfg, tok):
-    "The documents that the recipe selects, all of them without `select.tokens` and `select.kinds`."
+def _selected(docs, cfg, model, tok):
+    "The documents that the recipe selects, all of them without `select.tokens`, `select.kinds` and `select.near`."
     set_ = cfg["select"]
-    if not set_["tokens"] and not set_["kinds"]: return docs
-    from domain_llm.select import select
+    if not (set_["tokens"] or set_["kinds"] or set_["near"]): return docs
+    from functools import partial
+    from domain_llm.select import embed, select
     count = lambda text: len(tok(text, add_special_tokens=False, verbose=False).input_ids) + 1
     tokens = set_["tokens"] or sum(count(d["text"]) for d in docs)
-    found = select(docs, tokens, by=set_["by"], kinds=set_["kinds"] or None, count=count, seed=cfg["seed"])
+    found = select(docs, tokens, by=set_["by"], kinds=set_["kinds"] or None, count=count, seed=cfg["seed"], near=set_["near"], embed=partial(embed, model, tok))
     print(f"selected by {set_['by']}: {len(found)} of {len(docs)} documents")
     return found
 
@@ -234,7 +235,7 @@ def pretrain_stage(cfg, data, out):
     came_from = cfg["model"]
     model, tok = load(came_from, trust_remote_code=cfg["trust_remote_code"])
     set_, parts = cfg["pretrain"], cfg["mix"]["parts"]
-    docs = _selected(read_jsonl(out.parent / "corpus" / "documents.jsonl"), cfg, tok)
+    docs = _selected(read_jsonl(out.parent / "corpus" / "documents.jsonl"), cfg, model, tok)
     sources = {"domain": mix.tokenize(docs, tok, "domain", set_["length"])}
     if "general" in parts: sources["general"] = mix.tokenize(_general(data["general"], lambda: list(demo.general())), tok, "general", set_["length"])
     if "instructions" in parts: sources["instructions"] = finetuning.encode_all(_instruction_rows(data), tok, set_["length"], "instructions")[0]

@@ -98,6 +98,18 @@ def test_holm_by_hand():
     assert sorted(c["p_holm"] for c in said) == pytest.approx(list(want))
 
 
+def test_what_only_the_correction_leaves_open_asks_for_more():
+    "One of ten claims has an interval beyond zero by itself, and a p value above 0.05 / 10."
+    rng = np.random.default_rng(0)
+    d = rng.normal(0, 1, (11, 50))
+    d -= d.mean(1, keepdims=True)
+    d[1] += 2.5 * d[1].std(ddof=1) / np.sqrt(50)
+    runs = {f"arm {i}": {"0": dict(mcq=dict(values=(d[i] * (i > 0)).tolist()))} for i in range(11)}
+    said = ablate.verdict(runs, [dict(text="t", metric="mcq", arm=f"arm {i}", base="arm 0") for i in range(1, 11)])
+    assert said[0]["low"] > 0 and said[0]["verdict"] == "not resolved at this size" and 50 < said[0]["needed"]["groups"] < 80
+    assert f"would take about {said[0]['needed']['groups']} groups" in ablate.sentence(said[0])
+
+
 def test_needed_sizes_do_resolve():
     "At the size that it asks for, the same parts of variance give an interval that just clears the margin."
     r = dict(diff=0.1, parts=dict(seed=0.001, group=0.5, both=1.0), seeds=3, groups=40)

@@ -30,7 +30,8 @@ def test_an_experiment_on_a_recipe_from_the_command_line(tiny_folder, tmp_path):
     assert json.loads((out / "result.json").read_text())["runs"] == result["runs"]  # the same settings and seed, the same figures
 
 
-@pytest.mark.parametrize("name, arms", [("rehearse", {"no replay", "general text", "rehearsal"}), ("select", {"standard", "book", "web", "news", "by random", "by density", "by dsir", "by diverse"})])
+@pytest.mark.parametrize("name, arms", [("rehearse", {"no replay", "general text", "rehearsal"}),
+                                         ("rewarm", {"no replay, re-warmed", "no replay, low and constant", "1:1, re-warmed", "1:1, low and constant"}), ("select", {"standard", "book", "web", "news", "by random", "by density", "by dsir", "by diverse"})])
 def test_the_other_experiments_train(tiny_folder, tmp_path, name, arms):
     recipe = small(tiny_folder) | dict(mix=dict(tokens=600), evaluate=dict(questions=8, probe_tokens=100), select=dict(tokens=600 if name == "select" else None))
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
@@ -38,9 +39,11 @@ def test_the_other_experiments_train(tiny_folder, tmp_path, name, arms):
     assert set(result["runs"]) == arms and result["claims"]
     seen = [m["0"]["domain_bpb"]["values"] for m in result["runs"].values()]
     assert all(a != b for i, a in enumerate(seen[:5]) for b in seen[:i])  # scorers may agree on so small a corpus; the first five arms trained on different texts
+    if name == "rewarm": assert {(a["pretrain"]["schedule"], a["pretrain"]["learning_rate"]) for a in result["arms"].values()} == {("cosine", 2e-4), ("constant", 2e-5)}
     if name == "rehearse":
         (written,) = (tmp_path / "out").glob("rehearsal-*.jsonl")
-        assert "rehearsal-0-0" in written.read_text()
+        rows = [json.loads(line) for line in written.read_text().splitlines()]
+        assert rows[0]["source"] == "rehearsal" and sum(len(r["text"]) for r in rows) > 300  # half of 600 tokens, each at least a character
 
 
 def test_help_names_every_experiment():

@@ -164,13 +164,15 @@ def test_own_multiplechoice_is_leak_free(whole):
     assert truth and not [q for q in questions if q in text]
 
 
-def test_documents_are_selected_within_the_budget(tok):
+def test_documents_are_selected_within_the_budget(tiny_model):
+    model, tok = tiny_model
     docs = [dict(text=f"Section {i}. The pump of line {i} runs at {10 + i} bar and shall be checked after {i} days.", kind=k, source="s", id=f"{k}{i}") for i in range(20) for k in ("standard", "news")]
     cfg = recipe.check(dict(demo=8, select=dict(tokens=200, kinds=["standard"])))
-    found = recipe._selected(docs, cfg, tok)
+    found = recipe._selected(docs, cfg, model, tok)
     sizes = [len(r["input_ids"]) for r in mix.tokenize(found, tok, "x")]
     assert {d["kind"] for d in found} == {"standard"} and 150 < sum(sizes) <= 200
-    assert recipe._selected(docs, recipe.check(dict(demo=8)), tok) == docs
+    assert recipe._selected(docs, recipe.check(dict(demo=8)), model, tok) == docs
+    assert len(recipe._selected(docs, recipe.check(dict(demo=8, select=dict(near=0.5))), model, tok)) == 20
 
 
 def test_settings_know_what_their_modules_know():

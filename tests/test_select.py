@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 from domain_llm import demo
 from domain_llm.core import InputError
 from domain_llm.corpus import KINDS, jaccard, shingles
-from domain_llm.select import PRIORS, SCORES, density, dsir, explain, quality, ranks, select, to_budget, tokens_of
+from domain_llm.select import PRIORS, SCORES, density, dsir, embed, explain, quality, ranks, select, semantic, to_budget, tokens_of
 
 CLAUSES = ["4.1 The pressure of the pump shall not exceed 40 bar; the seal must be replaced every 6 months, see clause 5.2.\n| part | torque |\n| bolt | 25 Nm |",
            "4.1 水泵的压力不得超过40巴，密封圈必须每六个月更换一次，见第五条。\n| 部件 | 力矩 |\n| 螺栓 | 25 牛米 |"]
@@ -119,6 +119,37 @@ def test_dsir_is_the_same_in_another_process():
     code = "from domain_llm.select import dsir; print([float(x) for x in dsir([{'text': 'a b c'}, {'text': 'd 水 e'}], [{'text': 'b c'}])])"
     out = {subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": str(k), "PATH": ""}, capture_output=True, text=True, check=True).stdout for k in (1, 2)}
     assert len(out) == 1 and eval(out.pop()) == [float(x) for x in dsir([{"text": "a b c"}, {"text": "d 水 e"}], [{"text": "b c"}])]
+
+
+# ---- near in meaning
+
+def test_embedding_is_the_mean_of_the_last_hidden_states(tiny_model):
+    import torch
+    model, tok = tiny_model
+    texts = ["one short text", "a text that is a good deal longer than the others, so that they are padded", "三个字", ""]
+    made = embed(model, tok, texts, batch_size=3)
+    for text, vector in zip(texts[:3], made):
+        with torch.inference_mode(): states = model(torch.tensor([tok(text, add_special_tokens=False).input_ids]), output_hidden_states=True).hidden_states[-1]
+        assert np.allclose(vector, states[0].mean(0).numpy(), atol=1e-5)
+    assert made.shape == (4, model.config.hidden_size) and np.isfinite(made).all()
+
+
+def test_semantic_is_the_cosine_with_the_mean_direction():
+    from sklearn.metrics.pairwise import cosine_similarity
+    made = np.random.default_rng(0).normal(size=(7, 5))
+    vectors = dict(zip("abcdefg", made))
+    found = semantic([row(c) for c in "abcd"], [row(c) for c in "efg"], lambda texts: [vectors[t] for t in texts])
+    aim = (made[4:] / np.linalg.norm(made[4:], axis=1, keepdims=True)).mean(0)
+    assert found == pytest.approx(cosine_similarity(made[:4], aim[None])[:, 0])
+
+
+def test_near_leaves_out_another_subject(world):
+    docs = world[0]["documents"]
+    feast = [row("The village feast began with music, and the children danced in the garden until the evening.", name=f"feast-{i}") for i in range(20)]
+    words = lambda texts: [[t.lower().count(w) for w in ("music", "children", "garden", "the ")] for t in texts]
+    kept = select(docs + feast, 10**6, by="random", near=len(docs) / len(docs + feast), embed=words)
+    assert len(kept) == len(docs) and not any(r["id"].startswith("feast") for r in kept)
+    assert [r["id"] for r in select(docs + feast, 10**6, near=1, embed=words)] == [r["id"] for r in select(docs + feast, 10**6)]
 
 
 # ---- the budget
@@ -235,6 +266,9 @@ def test_ranks_are_comparable(): assert ranks([5, -1e9, 5, 7]).tolist() == [0.62
     (lambda d: to_budget(d[:2], [1, -1], 500, diversity=1), "use ranks"),
     (lambda d: to_budget(d[:2], [1, 1], 500, diversity=2), "not between 0"),
     (lambda d: dsir(d, [row("")]), "no words"),
+    (lambda d: select(d, 500, near=0.5), "near needs embed"),
+    (lambda d: select(d, 500, near=50, embed=len), "not a share"),
+    (lambda d: semantic(d[:2], d[:1], lambda texts: [1, 2, 3]), "must be .texts, dimensions."),
 ])
 def test_errors_name_the_input(world, call, says):
     with pytest.raises(InputError, match=says): call(world[0]["documents"])

@@ -1,8 +1,8 @@
 """Run a shipped experiment on a demo domain (nbs/recipes/ablate.yaml, or the recipe given) and record it in nbs/results/ablate_NAME.json.
 
-    python tools/record_ablate.py mix [--seeds 3] [--tokens 30000] [--recipe nbs/recipes/select.yaml] [--general TEXTS]
+    python tools/record_ablate.py mix [--seeds 3] [--tokens 30000] [--recipe nbs/recipes/select.yaml] [--data FOLDER]
 
-The runs are kept in runs/ablate/NAME, so that calling it again goes on.
+The runs are kept in runs/ablate/NAME, so that calling it again goes on. With --data, the recipe's paths are in that folder and NAME is the recipe's.
 """
 import argparse, tempfile, time
 from pathlib import Path
@@ -10,11 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def with_general(path, texts):
-    "A copy of the recipe with `texts` (files or folders) as its general text."
+def in_folder(path, folder):
+    "A copy of the recipe whose data lie in `folder`."
     import yaml
-    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    recipe.setdefault("data", {})["general"] = [str(Path(t).resolve()) for t in texts]
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe["data"] = {k: [str(Path(folder).resolve() / p) for p in paths] for k, paths in recipe["data"].items()}
     copy = Path(tempfile.mkdtemp()) / "recipe.yaml"
     copy.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return copy
@@ -26,15 +26,15 @@ def main():
     a.add_argument("--seeds", type=int, default=3)
     a.add_argument("--tokens", type=int)
     a.add_argument("--recipe", type=Path, default=ROOT / "nbs" / "recipes" / "ablate.yaml")
-    a.add_argument("--general", nargs="+", help="general text to replay, instead of the recipe's")
+    a.add_argument("--data", help="folder that the paths of the recipe's data are relative to")
     a = a.parse_args()
     from domain_llm.core import save_result
     from domain_llm.experiments import ablation, told
     start = time.time()
-    recipe = with_general(a.recipe, a.general) if a.general else a.recipe
-    result = ablation(a.experiment, recipe, seeds=a.seeds, tokens=a.tokens, output=ROOT / "runs" / "ablate" / a.experiment)
+    name = a.recipe.stem if a.data else a.experiment
+    result = ablation(a.experiment, in_folder(a.recipe, a.data) if a.data else a.recipe, seeds=a.seeds, tokens=a.tokens, output=ROOT / "runs" / "ablate" / name)
     print(told(result))
-    print(save_result(f"ablate_{a.experiment}", {k: v for k, v in result.items() if k != "folder"}, started=start))
+    print(save_result(f"ablate_{name}", {k: v for k, v in result.items() if k != "folder"}, started=start))
 
 
 if __name__ == "__main__": main()
