@@ -74,7 +74,10 @@ def _merged(cfg, change):
     return {k: _merged(v, change[k]) if isinstance(v, dict) and isinstance(change.get(k), dict) and k != "parts" else change.get(k, v) for k, v in {**change, **cfg}.items()}
 
 def _excerpts(docs, size):
-    "The rows with the first `size` characters of their text."
+    "The rows with the first `size` characters of their text; a single long document gives up to 40 rows from all over it."
+    if len(docs) == 1:
+        text, step = docs[0]["text"], max(size, math.ceil(len(docs[0]["text"]) / 40))
+        docs = [{**docs[0], "id": f"{docs[0]['id']}-{i}", "text": text[i:]} for i in range(0, max(len(text) - size // 2, 1), step)]
     return [{**d, "text": d["text"][:size]} for d in docs]
 
 def values(found:dict): # as `recipe.figures` gives them
@@ -150,6 +153,11 @@ def _before(cfg, data, out, mark):
         write_json(path, kept)
     return kept["metrics"]
 
+def _groups(metrics, name):
+    "The number of independent items behind a metric, 0 when it was not measured; a claim needs two."
+    m = metrics.get(name, {"values": []})
+    return len(set(m.get("groups") or range(len(m["values"]))))
+
 # %% ../nbs/19_experiments.ipynb #69252305
 def ablation(name:str, # one of EXPERIMENTS
              path=None, # a recipe; the demo's when not given
@@ -166,7 +174,7 @@ def ablation(name:str, # one of EXPERIMENTS
         data, docs, mark = _prepare(what, cfg, out)
         before, arms = _before(cfg, data, out, mark), _arms(what, cfg, docs, mark)
         runs = ablate.run(lambda settings, seed: _train_and_measure(cfg, data, out, settings, seed), arms, range(seeds), out / "runs")
-        usable = [c for c in what["claims"] if {c["arm"], c["base"]} <= set(runs) and c["metric"] in before]
+        usable = [c for c in what["claims"] if {c["arm"], c["base"]} <= set(runs) and _groups(before, c["metric"]) > 1]
         result = dict(experiment=name, about=what["about"], seeds=list(range(seeds)), mix=cfg["mix"], pretrain=cfg["pretrain"],
                       arms={a: {k: made[k] for k in ("mix", "select", "pretrain")} for a, made in arms.items()}, before=before, runs=runs, claims=ablate.verdict(runs, usable))
         write_json(out / "result.json", result)

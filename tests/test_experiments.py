@@ -37,6 +37,7 @@ def test_the_other_experiments_train(tiny_folder, tmp_path, name, arms):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     result = experiments.ablation(name, tmp_path / "r.yaml", seeds=1, output=tmp_path / "out")
     assert set(result["runs"]) == arms and result["claims"]
+    if name == "select": assert len(result["before"]["domain_bpb"]["values"]) == 1 and {c["metric"] for c in result["claims"]} == {"domain_mcq"}  # no claim from a single document
     seen = [m["0"]["domain_bpb"]["values"] for m in result["runs"].values()]
     assert all(a != b for i, a in enumerate(seen[:5]) for b in seen[:i])  # scorers may agree on so small a corpus; the first five arms trained on different texts
     if name == "rewarm": assert {(a["pretrain"]["schedule"], a["pretrain"]["learning_rate"]) for a in result["arms"].values()} == {("cosine", 2e-4), ("constant", 2e-5)}
