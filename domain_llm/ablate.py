@@ -17,6 +17,7 @@ def run(measure, # function(settings, seed) -> {metric: {"values": [one per item
         seeds, # list of whole numbers
         folder): # one file per arm and seed
     "Every arm with every seed, as {arm: {seed: metrics}}; what is on disk for the same settings is not run again."
+    import numpy as np
     if len(arms) < 2: raise InputError(f"an experiment compares at least two arms, not {len(arms)}.")
     if not seeds or len(set(seeds)) < len(seeds): raise InputError(f"an experiment needs seeds, each once; got {list(seeds)}.")
     folder, found, took = Path(folder), {a: {} for a in arms}, []
@@ -25,7 +26,7 @@ def run(measure, # function(settings, seed) -> {metric: {"values": [one per item
         kept = read_json(path) if path.exists() else {}
         if kept.get("fingerprint") != mark:
             start = time.time()
-            kept = dict(arm=arm, seed=seed, settings=arms[arm], fingerprint=mark, metrics=measure(arms[arm], seed), seconds=round(time.time() - start, 1))
+            kept = dict(arm=arm, seed=seed, settings=arms[arm], fingerprint=mark, metrics={k: {n: np.asarray(v).tolist() for n, v in m.items()} for k, m in measure(arms[arm], seed).items()}, seconds=round(time.time() - start, 1))
             write_json(path, kept)
             took.append(kept["seconds"])
             left = (len(arms) * len(seeds) - n) * sum(took) / len(took)
@@ -53,7 +54,7 @@ def difference(a, # values [seeds, items] of an arm
     group = S * cols.var(ddof=1)
     seed, both = (G * rows.var(ddof=1), ((cells - rows[:, None] - cols + mean) ** 2).sum() / (S - 1) / (G - 1)) if S > 1 else (0.0, 0.0)
     total = max(seed + group - both, seed, group)
-    if total <= 0: return dict(diff=float(mean), low=float(mean), high=float(mean), p=float(mean == margin), seeds=S, groups=G, parts=dict(seed=0.0, group=0.0, both=0.0))
+    if total <= 0: return dict(diff=float(mean), low=float(mean), high=float(mean), p=1.0 if mean == margin else 2 * 0.5 ** G, seeds=S, groups=G, parts=dict(seed=0.0, group=0.0, both=0.0))
     freedom = total ** 2 / (group ** 2 / (G - 1) + ((seed ** 2 + both ** 2 / (G - 1)) / (S - 1) if S > 1 else 0))
     se, freedom = math.sqrt(total / S / G), max(1.0, min(freedom, S * G - 1))
     width = t.ppf(0.975, freedom) * se

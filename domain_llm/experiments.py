@@ -97,23 +97,23 @@ def _checked(name, path, seeds, tokens):
     what, cfg = EXPERIMENTS[name], recipe.read_recipe(path)
     if cfg["pretrain"] is None: raise InputError("this experiment changes pre-training, and the recipe says 'pretrain: false'. Take that line out.")
     if tokens and what["size"] != "tokens": raise InputError(f"the experiment '{name}' holds the domain's tokens, so its size is the recipe's mix.epochs, not --tokens.")
-    if what["size"] == "tokens": cfg["mix"]["tokens"] = tokens or cfg["mix"]["tokens"] or 30_000
+    cfg["mix"]["tokens"] = (tokens or cfg["mix"]["tokens"] or 30_000) if what["size"] == "tokens" else None
     return what, cfg
 
 def _prepare(what, cfg, out):
-    "The data, the cleaned documents in out/corpus, the probes and the rehearsal text; gives the data, the documents and a mark of their content."
+    "The data, the cleaned documents in out/corpus, the probes and the rehearsal text; gives the data, the documents and a mark of all that a measurement depends on."
     from domain_llm import recipe
     data = recipe.gather(cfg)
-    mark = recipe.stage_fingerprints(cfg, data)["corpus"]
-    if not recipe.begin(out / "corpus", mark):
+    marks = recipe.stage_fingerprints(cfg, data)
+    if not recipe.begin(out / "corpus", marks["corpus"]):
         recipe.corpus_stage(cfg, data, out / "corpus")
-        write_json(out / "corpus" / "manifest.json", dict(fingerprint=mark))
+        write_json(out / "corpus" / "manifest.json", dict(fingerprint=marks["corpus"]))
     held, general = recipe.probes(cfg, data, out)
     write_jsonl(out / "corpus" / "held_out.jsonl", _excerpts(held, 1000))
     write_jsonl(out / "general_probe.jsonl", _excerpts(general, 800))
     docs = read_jsonl(out / "corpus" / "documents.jsonl")
     if "rehearsal" in what["arms"]: _rehearse(cfg, _rehearsal(cfg))
-    return data | {"general_probe": [str(out / "general_probe.jsonl")]}, docs, mark
+    return data | {"general_probe": [str(out / "general_probe.jsonl")]}, docs, marks["baseline"]
 
 def _rehearse(cfg, path):
     "The half of the run's tokens that 1:1 replays, written by the model before training; kept for the next call."
@@ -129,6 +129,7 @@ def _arms(what, cfg, docs, mark):
     if what["arms"] is _SELECT and not base["select"]["tokens"]: base["select"]["tokens"] = sum(len(d["text"].encode()) for d in docs) // 16
     kinds, arms = {d["kind"] for d in docs}, {}
     for name, change in what["arms"].items():
+        if name == "by dsir" and len(kinds) < 2: continue  # no kind can be its target
         made = _merged(base, change(base))
         made["content"] = fingerprint(mark, *[Path(p) if Path(p).exists() else p for k in ("general", "instructions") for p in made["data"][k]])
         if set(made["select"]["kinds"]) <= kinds: arms[name] = {k: v for k, v in made.items() if k not in ("output", "name", "quantize", "sft")}
@@ -140,13 +141,19 @@ def _train_and_measure(cfg, data, out, settings, seed):
     with tempfile.TemporaryDirectory(dir=out) as d:
         os.symlink(out / "corpus", Path(d) / "corpus")
         (Path(d) / "pretrain").mkdir()
-        recipe.pretrain_stage({**settings, "seed": seed}, data | {"general": settings["data"]["general"]}, Path(d) / "pretrain")
+        made = recipe.pretrain_stage({**settings, "seed": seed}, data | {"general": settings["data"]["general"]}, Path(d) / "pretrain")
+        _check_size(made, settings["mix"])
         return values(recipe.figures(cfg, data, out, *recipe.load_to_measure(str(Path(d) / "pretrain" / "model"), cfg)))
+
+def _check_size(made, mix):
+    "Raise InputError when a source ran dry, so that the arm is smaller than the others."
+    got, wanted = (sum(made["tokens_per_source"].values()), mix["tokens"]) if mix["tokens"] else (made["epochs_per_source"]["domain"], mix["epochs"])
+    if got < 0.98 * wanted: raise InputError(f"an arm has {got:,.4g} {'tokens' if mix['tokens'] else 'passes over the documents'} where the experiment gives {wanted:,.4g} to each: {' '.join(made['notes'])} Raise mix.max_epochs, add text or make the runs smaller.")
 
 def _before(cfg, data, out, mark):
     "The figures of the model before training, kept in out/before.json."
     from domain_llm import recipe
-    path, mark = out / "before.json", fingerprint({k: cfg[k] for k in ("model", "data", "evaluate", "seed")}, mark)
+    path = out / "before.json"
     kept = read_json(path) if path.exists() else {}
     if kept.get("fingerprint") != mark:
         kept = dict(fingerprint=mark, metrics=values(recipe.figures(cfg, data, out, *recipe.load_to_measure(cfg["model"], cfg))))
@@ -184,10 +191,11 @@ def ablation(name:str, # one of EXPERIMENTS
 # %% ../nbs/19_experiments.ipynb #65ce53fd
 def picture(result:dict): # as `ablation` gives it
     "Figure: what the arms gain in the domain against what they lose in general, and the model before training."
-    y, label, scale = ("domain_mcq", "domain questions right (%)", 100) if "domain_mcq" in result["before"] else ("domain_bpb", "held-out domain documents, bits per byte", 1)
+    y, label, scale = ("domain_mcq", "domain questions right (%)", 100) if "domain_mcq" in result["before"] else ("domain_bpb", "held-out domain documents, bits per byte (up: better)", 1)
     fig = ablate.trade(result["runs"], "general_bpb", y, "general text, bits per byte (left: forgets less)", label, yscale=scale)
     at = [fmean(v["values"]) for v in (result["before"]["general_bpb"], result["before"][y])]
     fig.axes[0].scatter([at[0]], [scale * at[1]], marker="*", s=120, color="black", label="before")
+    if y == "domain_bpb": fig.axes[0].invert_yaxis()
     fig.axes[0].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 

@@ -56,7 +56,7 @@ def _bytes(texts): return sum(len(t.encode("utf-8", "ignore")) for t in texts)
 def _rows(text):
     "The share of the lines with content that are table rows, numbered clauses or values by name."
     lines = [l for l in text.split("\n") if re.search(r"\w", l)]
-    return sum(bool(_ROW.match(l)) for l in lines) / max(len(lines), 1)
+    return sum(bool(_ROW.match(l[:300])) for l in lines) / max(len(lines), 1)  # the pattern is quadratic in the length
 
 def _variety(text, n=500):
     "Compressed over plain size of pieces of `n` bytes, 0 to 1."
@@ -255,10 +255,11 @@ def select(docs, # document rows
     "The rows to train on within a token budget, the best first; the same seed gives the same rows."
     if by not in SCORES: raise InputError(f"cannot select by {by!r}{nearest(by, SCORES)}: use {', '.join(SCORES)}.")
     if isinstance(kinds, str): kinds = [kinds]
-    rows = _of_kinds(list(docs), kinds)
+    rows, subject = _of_kinds(list(docs), kinds), target
+    if near is not None and target is None: subject = densest(list(docs))
     rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
     if not rows: raise InputError(f"no document of kind {', '.join(kinds)} to select from." if kinds else "there is no document to select from: check the source.")
-    if near is not None: rows = _nearest(rows, densest(rows) if target is None else list(target), near, embed)
+    if near is not None: rows = _nearest(rows, list(subject), near, embed)
     return [rows[i] for i in to_budget(rows, SCORES[by](rows, target), tokens, count, diversity=float(by == "diverse"))]
 
 def _nearest(rows, target, share, embed):

@@ -51,7 +51,13 @@ def test_margin_moves_the_p_value_only():
 
 def test_no_spread_at_all():
     r = ablate.difference([[1, 1, 1]], [[0, 0, 0]])
-    assert (r["diff"], r["low"], r["high"], r["p"]) == (1, 1, 1, 0)
+    assert (r["diff"], r["low"], r["high"]) == (1, 1, 1) and r["p"] == stats.binomtest(3, 3).pvalue  # the sign test: three items alone prove nothing
+
+
+def test_numpy_values_survive_the_disk(tmp_path):
+    measure = lambda settings, seed: dict(mcq=dict(values=np.array([1.0, 0.0]), groups=np.array(["a", "b"])))
+    first = ablate.run(measure, arms_of(), (0,), tmp_path)
+    assert ablate.run(None, arms_of(), (0,), tmp_path) == first and first["1:0"]["0"]["mcq"] == dict(values=[1.0, 0.0], groups=["a", "b"])
 
 
 def test_runs_are_kept_and_a_changed_arm_is_run_again(tmp_path):
