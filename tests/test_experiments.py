@@ -82,6 +82,27 @@ def test_kinds_that_are_not_there_give_no_arm(tmp_path):
     assert arms["by dsir"]["select"]["by"] == "dsir" and arms["web"]["select"]["kinds"] == ["web"]
 
 
+def test_one_kind_has_no_target_for_dsir():
+    from domain_llm import recipe
+    cfg = recipe.check(dict(demo=8, mix=dict(tokens=1000)))
+    arms = experiments._arms(experiments.EXPERIMENTS["select"], cfg, [dict(text="x" * 640, kind="book")] * 3, "mark")
+    assert list(arms) == ["book", "by random", "by density", "by diverse"]
+
+
+def test_equal_domain_tokens_take_no_total(tmp_path):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(dict(demo=8, mix=dict(tokens=30_000, epochs=2))))
+    assert experiments._checked("mix-domain", tmp_path / "r.yaml", 1, None)[1]["mix"]["tokens"] is None
+    assert experiments._checked("mix", tmp_path / "r.yaml", 1, None)[1]["mix"]["tokens"] == 30_000
+
+
+def test_an_arm_that_ran_dry_is_refused():
+    made = dict(tokens_per_source=dict(domain=300, general=300), epochs_per_source=dict(domain=1.2), notes=["'general' has only 100 tokens."])
+    experiments._check_size(made, dict(tokens=600, epochs=1))
+    experiments._check_size(made, dict(tokens=None, epochs=1.2))
+    with pytest.raises(experiments.InputError, match="600 tokens.*1,000.*only 100 tokens.*max_epochs"): experiments._check_size(made, dict(tokens=1000, epochs=1))
+    with pytest.raises(experiments.InputError, match="1.2 passes.*where the experiment gives 2"): experiments._check_size(made, dict(tokens=None, epochs=2))
+
+
 def planned(shares, tokens, law):
     "A result of `mix-pilots` whose losses follow a law exactly."
     name = lambda g, t: f"{g:.2f} {t}"

@@ -149,6 +149,7 @@ def test_near_leaves_out_another_subject(world):
     words = lambda texts: [[t.lower().count(w) for w in ("music", "children", "garden", "the ")] for t in texts]
     kept = select(docs + feast, 10**6, by="random", near=len(docs) / len(docs + feast), embed=words)
     assert len(kept) == len(docs) and not any(r["id"].startswith("feast") for r in kept)
+    assert {r["kind"] for r in select(docs, 500, kinds=["web"], near=0.5, embed=words)} == {"web"}  # the target is the densest kind of all documents
     assert [r["id"] for r in select(docs + feast, 10**6, near=1, embed=words)] == [r["id"] for r in select(docs + feast, 10**6)]
 
 
