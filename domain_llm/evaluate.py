@@ -255,12 +255,27 @@ def _csv_rows(path):
     except OSError as e: raise InputError(f"cannot read {path}: {e.strerror}.") from e
     raise InputError(f"{path}: the header is {','.join(header)[:80] or 'empty'}. Expected question,choice0,choice1,...,answer (MMLU) or Question,A,B,C,D,Answer (CMMLU).")
 
-def read_questions(path, # a .jsonl file of question rows, or a .csv file as of MMLU or CMMLU
+def _hub_rows(name):
+    "Question rows of the test split of a data set on the hub, in the columns of MMLU or CMMLU."
+    import datasets
+    repo, _, subset = name.partition(":")
+    try: rows = datasets.load_dataset(repo, subset or None, split="test").to_list()
+    except Exception as e:
+        raise InputError(f"{name}: neither a file here nor a data set whose test split could be loaded ({(str(e).strip() or type(e).__name__).splitlines()[0]}). Check the name (OWNER/NAME or OWNER/NAME:SUBSET), or the network.") from e
+    columns = set(rows[0]) if rows else set()
+    if {"question", "choices", "answer"} <= columns: return [(r, None) for r in rows]
+    letters = [c for c in "ABCDEFGHIJ" if c in columns]
+    if {"Question", "Answer"} <= columns and letters:
+        return [(dict(question=r["Question"], choices=[r[c] for c in letters if r[c]], answer=letters.index(r["Answer"]) if r["Answer"] in letters else r["Answer"]), None) for r in rows]
+    raise InputError(f"{name} has the columns {', '.join(sorted(columns)) or '(none)'}. Expected question, choices, answer (MMLU) or Question, A, B, C, D, Answer (CMMLU).")
+
+def read_questions(path, # a .jsonl file of question rows, a .csv file as of MMLU or CMMLU, or a data set on the hub such as "cais/mmlu:nutrition"
                    skip_faulty:bool=False): # leave faulty rows out with a warning, where the default is an error
     "List of checked question rows. A row without a group is a group of its own, named file:number."
-    path = Path(path)
-    if path.suffix.lower() not in (".jsonl", ".csv"): raise InputError(f"{path}: questions come from .jsonl or .csv files. Convert it, or give it that ending.")
-    found = _csv_rows(path) if path.suffix.lower() == ".csv" else [(r, None) for r in read_jsonl(path)]
+    name, path = str(path), Path(path)
+    if path.suffix.lower() in (".jsonl", ".csv"): found = _csv_rows(path) if path.suffix.lower() == ".csv" else [(r, None) for r in read_jsonl(path)]
+    elif name.partition(":")[0].count("/") == 1 and not path.exists(): found = _hub_rows(name)
+    else: raise InputError(f"{path}: questions come from .jsonl or .csv files or the hub (OWNER/NAME). Convert it, or give it that ending.")
     if not found: raise InputError(f"{path} has no questions. Write one row per question.")
     place = lambda i: f"{path}, question {i + 1}" + (f" (ends on line {found[i][1]})" if found[i][1] else "")
     if skip_faulty:

@@ -101,7 +101,7 @@ def check(recipe:dict, # as read from YAML
         for i, p in enumerate(paths):
             full = Path(folder, p).expanduser().resolve()
             if full.exists(): paths[i] = str(full)
-            elif key in ("documents", "general", "general_probe") and p.count("/") == 1 and not p.startswith("."): pass  # a hub data set
+            elif key in ("documents", "general", "general_probe", "questions", "general_questions") and p.partition(":")[0].count("/") == 1 and not p.startswith(".") and Path(p).suffix not in (".jsonl", ".csv"): pass  # a hub data set
             else: raise InputError(f"the recipe's data.{key} names {p}, which does not exist (looked for {full}).")
     if cfg["demo"] is None and not cfg["data"]["documents"]: raise InputError("the recipe names no documents. Write data: {documents: FOLDER}, or demo: 20 for the made-up domain.")
     known = ["domain", "general", "instructions"]

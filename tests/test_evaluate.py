@@ -439,6 +439,17 @@ def test_real_files():
     with pytest.raises(InputError, match="twice"): read_questions(MCQ / "mmlu/sociology_test.csv")
 
 
+def test_questions_from_the_hub(monkeypatch):
+    import datasets
+    asked = []
+    sets = {"cais/mmlu": [dict(question="Q?", subject="nutrition", choices=list("abcd"), answer=2)], "haonan-li/cmmlu": [dict(Question="Q?", A="a", B="b", C="c", D="d", Answer="C")], "x/text": [dict(text="no question")]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: asked.append((name, subset, split)) or datasets.Dataset.from_list(sets[name]))
+    for name in ("cais/mmlu:nutrition", "haonan-li/cmmlu"): assert [(r["question"], r["choices"], r["answer"]) for r in read_questions(name)] == [("Q?", list("abcd"), 2)]
+    assert asked == [("cais/mmlu", "nutrition", "test"), ("haonan-li/cmmlu", None, "test")]
+    for name, says in (("x/text", "has the columns text"), ("x/absent", "neither a file here nor a data set")):
+        with pytest.raises(InputError, match=says): read_questions(name)
+
+
 # --- statistics
 
 def test_wilson_known_values():
