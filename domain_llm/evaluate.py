@@ -238,6 +238,10 @@ def _fault(row):
     if not 0 <= answer < len(choices): return f"the answer is {answer}, but the {len(choices)} choices are numbered 0 to {len(choices) - 1}."
 
 # %% ../nbs/04_evaluate.ipynb #6b7e7354
+def _lettered(r, letters):
+    "A question row from CMMLU's columns."
+    return dict(question=r["Question"], choices=[r[c] for c in letters if r[c]], answer=letters.index(r["Answer"]) if r["Answer"] in letters else r["Answer"])
+
 def _csv_rows(path):
     "Question rows of an MMLU or CMMLU file, and the line on which each ends."
     def index(s): return int(s) if s.isdecimal() else s
@@ -249,8 +253,7 @@ def _csv_rows(path):
             if {"question", "answer"} <= set(header) and columns:
                 return [(dict(question=r["question"], choices=[r[c] for c in columns if r[c]], answer=index(r["answer"] or "")), reader.line_num) for r in reader]
             if {"Question", "Answer"} <= set(header) and letters:
-                return [(dict(question=r["Question"], choices=[r[c] for c in letters if r[c]],
-                              answer=letters.index(r["Answer"]) if r["Answer"] in letters else r["Answer"]), reader.line_num) for r in reader]
+                return [(_lettered(r, letters), reader.line_num) for r in reader]
     except (UnicodeDecodeError, csv.Error) as e: raise InputError(f"{path} is not readable as CSV in UTF-8 ({e}). Save it again as 'CSV UTF-8'.") from e
     except OSError as e: raise InputError(f"cannot read {path}: {e.strerror}.") from e
     raise InputError(f"{path}: the header is {','.join(header)[:80] or 'empty'}. Expected question,choice0,choice1,...,answer (MMLU) or Question,A,B,C,D,Answer (CMMLU).")
@@ -265,8 +268,7 @@ def _hub_rows(name):
     columns = set(rows[0]) if rows else set()
     if {"question", "choices", "answer"} <= columns: return [(r, None) for r in rows]
     letters = [c for c in "ABCDEFGHIJ" if c in columns]
-    if {"Question", "Answer"} <= columns and letters:
-        return [(dict(question=r["Question"], choices=[r[c] for c in letters if r[c]], answer=letters.index(r["Answer"]) if r["Answer"] in letters else r["Answer"]), None) for r in rows]
+    if {"Question", "Answer"} <= columns and letters: return [(_lettered(r, letters), None) for r in rows]
     raise InputError(f"{name} has the columns {', '.join(sorted(columns)) or '(none)'}. Expected question, choices, answer (MMLU) or Question, A, B, C, D, Answer (CMMLU).")
 
 def read_questions(path, # a .jsonl file of question rows, a .csv file as of MMLU or CMMLU, or a data set on the hub such as "cais/mmlu:nutrition"

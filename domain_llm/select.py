@@ -255,11 +255,11 @@ def select(docs, # document rows
     "The rows to train on within a token budget, the best first; the same seed gives the same rows."
     if by not in SCORES: raise InputError(f"cannot select by {by!r}{nearest(by, SCORES)}: use {', '.join(SCORES)}.")
     if isinstance(kinds, str): kinds = [kinds]
-    rows, subject = _of_kinds(list(docs), kinds), target
-    if near is not None and target is None: subject = densest(list(docs))
+    docs = list(docs)
+    rows = _of_kinds(docs, kinds)
     rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
     if not rows: raise InputError(f"no document of kind {', '.join(kinds)} to select from." if kinds else "there is no document to select from: check the source.")
-    if near is not None: rows = _nearest(rows, list(subject), near, embed)
+    if near is not None: rows = _nearest(rows, densest(docs) if target is None else list(target), near, embed)
     return [rows[i] for i in to_budget(rows, SCORES[by](rows, target), tokens, count, diversity=float(by == "diverse"))]
 
 def _nearest(rows, target, share, embed):
