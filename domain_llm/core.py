@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['InputError', 'nearest', 'atomic_file', 'atomic_dir', 'write_json', 'read_json', 'write_jsonl', 'read_jsonl',
            'cache_dir', 'file_hash', 'fingerprint', 'progress', 'versions', 'machine', 'peak_memory_gb',
-           'reset_peak_memory', 'results_dir', 'save_result', 'load_result']
+           'reset_peak_memory', 'results_dir', 'provenance', 'save_result', 'load_result']
 
 # %% ../nbs/00_core.ipynb #21c7c543
 import hashlib, json, os, re, shutil, tempfile, time
@@ -166,15 +166,17 @@ def _commit():
     try: return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=results_dir(), check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return None
 
+def provenance(started=None): # time.time() at the start, for the seconds taken
+    "Date, seconds, commit and machine of a result."
+    return dict(date=time.strftime("%Y-%m-%d"), seconds=round(time.time() - started) if started else None, commit=_commit(), machine=machine())
+
 def save_result(name, # file name without extension
                 result, # dict of the figures
-                started=None, # time.time() at the start, for the seconds taken
+                started=None, # as in `provenance`
                 folder=None): # where to write; nbs/results of the checkout when not given
     "Write a recorded result with its provenance; gives the path."
     path = Path(folder or results_dir()) / f"{name}.json"
-    made = dict(date=time.strftime("%Y-%m-%d"), seconds=round(time.time() - started) if started else None,
-                commit=_commit(), machine=machine())
-    write_json(path, {**result, "provenance": made})
+    write_json(path, {**result, "provenance": provenance(started)})
     return path
 
 def load_result(name, folder=None):

@@ -355,7 +355,7 @@ def multiple_choice(model, tok, # what `models.load` gives, or a PeftModel
                     template:str=None, # prompt with {question} and perhaps {choices}; CLOZE or LETTER when not given
                     batch_tokens:int=None, # tokens per forward pass, as in `loglik`
                     shots:list=None): # other question rows, put before each question as solved examples
-    "Pick the likeliest option of each question: dict of accuracy, low, high (95%), chance, n, picks, correct, loglik (nats), groups."
+    "Pick the likeliest option of each question: dict of accuracy, low, high (95%), chance, n, picks, correct, groups, loglik (nats) and prob, the right option's share of the options' probability."
     import numpy as np
     questions, shots = list(questions), list(shots or [])
     _known("norm", norm, ("raw", "chars", "bytes"))
@@ -366,7 +366,8 @@ def multiple_choice(model, tok, # what `models.load` gives, or a PeftModel
     size = dict(raw=lambda o: 1, chars=len, bytes=lambda o: len(o.encode("utf-8")))[norm]
     picks = [int(np.argmax([s / size(o) for s, o in zip(ss, options)])) for ss, (_, options) in zip(scores, asked)]
     found = _rate([p == q["answer"] for p, q in zip(picks, questions)], [q.get("group", i) for i, q in enumerate(questions)])
-    return dict(found, chance=fmean(1 / len(q["choices"]) for q in questions), picks=picks, loglik=scores)
+    prob = [1 / sum(math.exp(min(x - s[q["answer"]], 700)) for x in s) for s, q in zip(scores, questions)]
+    return dict(found, chance=fmean(1 / len(q["choices"]) for q in questions), picks=picks, prob=prob, loglik=scores)
 
 # %% ../nbs/04_evaluate.ipynb #eafd583e
 def wilson(k:int, # number of successes
