@@ -698,15 +698,21 @@ def _weigh(sought, number, having, n): # as from `_sought`; word -> number; rows
     return [({number[u]: weight[number[u]] * (1 - (often[number[u]] - 1) / len(sought)) for u in stem}, {number[u]: weight[number[u]] for u in answer}) for stem, answer, _ in sought]
 
 # %% ../nbs/03_corpus.ipynb #d24dfddf
-def paraphrases(rows, # document rows
+def _as_text(row, i):
+    "A row with text and id; in a conversation a blank marks the end of each of the user's turns, as of a question."
+    text = row["text"] if "text" in row else "\n".join(m["content"] + (" ___" if m["role"] == "user" else "") for m in row["messages"])
+    return dict(id=row.get("id", i), text=text)
+
+def paraphrases(rows, # document rows, or conversations: rows with "messages"
                 questions, # question rows with a right answer (choices and answer, or reference)
-                share:float=0.4): # of a question's words, by weight, that must stand before its answer
+                share:float=0.3): # of a question's words, by weight, that must stand before its answer
     """Documents that seem to ask an evaluation question in other words and to answer it: a list of {"id", "question", "share", "excerpt"}, the surest first.
 
     Nothing is removed: read them. Within twice the question's length before a question mark, a blank or "Answer:" stand words with `share` of the
-    weight of the question's words (inverse document frequency; words that most questions have count little), and soon after it the right answer."""
+    weight of the question's words (inverse document frequency; words that most questions have count little), and soon after it the right answer.
+    In a conversation every turn of the user is taken for a question. A row without "id" gets its place in the list."""
     if not 0 < share <= 1: raise InputError(f"share {share} is not a share: choose one above 0 and at most 1.")
-    rows, questions = list(rows), list(questions)
+    rows, questions = [_as_text(r, i) for i, r in enumerate(rows)], list(questions)
     sought, best = _sought(questions), {}
     number = {u: i for i, u in enumerate(dict.fromkeys(["?", *(u for stem, answer, _ in sought for u in (*stem, *answer))]))}
     read, having = _reading(rows, number)

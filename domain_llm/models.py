@@ -36,7 +36,7 @@ def _convert(gguf, folder):
         tok.save_pretrained(tmp)
 
 def resolve(name:str=DEMO_MODEL): # the demo model's name, a local folder, or a hub id such as "Qwen/Qwen3-0.6B"
-    "The folder or hub id to load `name` from; the demo model is converted on first use."
+    "The folder (of a model, or of a LoRA adapter, which names its model) or hub id to load `name` from; the demo model is converted on first use."
     if str(name) == DEMO_MODEL:
         folder = cache_dir() / DEMO_MODEL
         if not (folder / "config.json").exists():
@@ -44,7 +44,7 @@ def resolve(name:str=DEMO_MODEL): # the demo model's name, a local folder, or a 
         return str(folder)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists(): raise InputError(f"{name} is a folder without config.json, so not a model. Name the folder that holds config.json and *.safetensors.")
+        if not any((path / f).exists() for f in ("config.json", "adapter_config.json")): raise InputError(f"{name} is a folder without config.json, so not a model. Name the folder that holds config.json and *.safetensors.")
         return str(path)
     if path.exists(): raise InputError(f"{name} is a file, not a model folder. Name the folder that holds config.json and *.safetensors.")
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):

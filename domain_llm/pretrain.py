@@ -10,7 +10,7 @@ __all__ = ['DEFAULTS', 'pack', 'collate', 'token_losses', 'documents_apart', 'ha
 import gc, json, shutil, sys, time
 from contextlib import contextmanager
 from pathlib import Path
-from .core import InputError, nearest, progress, read_json, write_json
+from .core import InputError, atomic_dir, nearest, progress, read_json, write_json
 
 # %% ../nbs/06_pretrain.ipynb #8cc3f511
 def pack(rows:list, # rows of `mix.tokenize` or `mix.mixture`, in training order
@@ -172,10 +172,10 @@ def _trainer_class():
 
     class PackedTrainer(Trainer):
         "Trainer over packed rows: loss per source, probes as evaluation, sealed checkpoints."
-        def __init__(self, *args, probe=None, sources=(), **kw):
+        def __init__(self, *args, probe=None, sources=(), keep=None, **kw):
             super().__init__(*args, **kw)
             self.model_accepts_loss_kwargs = True  # our loss is already divided by the tokens of the whole step
-            self.probe, self.sources, self.sums = probe, sources, {}
+            self.probe, self.sources, self.sums, self.keep = probe, sources, {}, keep
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             losses, at = token_losses(model, inputs)
@@ -197,6 +197,8 @@ def _trainer_class():
         def evaluate(self, *args, **kw):
             self.model.eval()
             metrics = {f"eval_{k}": v for k, v in self.probe(self.model).items()}
+            if self.keep:
+                with atomic_dir(Path(self.keep) / f"step-{self.state.global_step}") as tmp: self.model.save_pretrained(tmp)
             self.model.train()
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -262,7 +264,8 @@ def train(model, # from `load`, or with `add_lora` applied
           out, # folder for checkpoints
           cfg:dict, # settings, as in DEFAULTS
           probe=None, # function(model) -> {"score": lower is better, ...}; None: no probes
-          seed:int=0):
+          seed:int=0,
+          keep=None): # folder that gets the model at every probe, as step-N; not kept when not given
     "Train `model` in place on packed `rows`; gives `{'history': [...], 'best_step', 'tokens', 'steps'}`."
     import torch
     from transformers import TrainingArguments, set_seed
@@ -284,7 +287,7 @@ def train(model, # from `load`, or with `add_lora` applied
     if probe and not start.exists(): write_json(start, {"step": 0, **probe(model)})
     with quiet(), keep_memory():
         with half(model), documents_apart(model):
-            trainer = _trainer_class()(model=model, args=args, train_dataset=data, eval_dataset=data if probe else None, data_collator=collate, probe=probe, sources=names,
+            trainer = _trainer_class()(model=model, args=args, train_dataset=data, eval_dataset=data if probe else None, data_collator=collate, probe=probe, sources=names, keep=keep,
                                        optimizer_cls_and_kwargs=(_optimizer_class(), dict(lr=cfg["learning_rate"], fused=True)))
             from transformers.trainer_callback import PrinterCallback
             trainer.remove_callback(PrinterCallback)

@@ -40,7 +40,7 @@ SCHEMA = {
     "mix": {"parts": ({"domain": 1, "general": 1}, "parts"), "epochs": (1, "above 0"), "tokens": (None, "whole"), "max_epochs": (4, "above 0")},
     "pretrain": {k: (v, _TRAIN[k]) for k, v in pretraining.DEFAULTS.items()},
     "sft": {"epochs": (1, "above 0"), **{k: (v, _TRAIN[k]) for k, v in finetuning.DEFAULTS.items()}},
-    "evaluate": {"questions": (1000, "whole"), "probe_tokens": (4000, "whole")},
+    "evaluate": {"questions": (1000, "whole"), "probe_tokens": (4000, "whole"), "screen": (False, "yes or no")},  # screen: keep the model of every probe and score each on the questions
     "quantize": {"types": (["q8_0", "q4_0"], "quantizations")},
 }
 
@@ -108,6 +108,7 @@ def check(recipe:dict, # as read from YAML
     for n in cfg["mix"]["parts"]:
         if n not in known: raise InputError(f"the recipe's mix.parts has '{n}'{nearest(n, known)}: the sources are {', '.join(known)}.")
     if "domain" not in cfg["mix"]["parts"]: raise InputError("the recipe's mix.parts leaves out 'domain', so there is nothing to learn from.")
+    if cfg["evaluate"]["screen"] and not (cfg["demo"] or cfg["data"]["questions"]): raise InputError("the recipe's evaluate.screen scores checkpoints on questions, but data.questions is empty.")
     if "instructions" in cfg["mix"]["parts"] and not (cfg["demo"] or cfg["data"]["instructions"]): raise InputError("the recipe's mix.parts names 'instructions', but data.instructions is empty.")
     if Path(folder, cfg["model"]).expanduser().is_dir(): cfg["model"] = str(Path(folder, cfg["model"]).expanduser().resolve())
     cfg["output"] = str(Path(folder, cfg["output"] or f"runs/{cfg['name']}").expanduser().resolve())
@@ -267,7 +268,8 @@ def _train(cfg, set_, data, out, came_from, model, tok, rows):
     found = read_json(started) if started.exists() else None
     reference = (found[0] if isinstance(found, list) else found or {}).get("general_bpb")
     probe = pretraining.make_probe(tok, *probes(cfg, data, out.parent), budget=set_["forgetting_budget"], reference=reference, max_tokens=cfg["evaluate"]["probe_tokens"])
-    result = pretraining.train(model, rows, out / "checkpoints", set_, probe, seed=cfg["seed"])
+    result = pretraining.train(model, rows, out / "checkpoints", set_, probe, seed=cfg["seed"], keep=out / "kept" if cfg["evaluate"]["screen"] else None)
+    for kept in out.glob("kept/step-*"): tok.save_pretrained(kept)
     if set_["method"] == "lora":
         model.save_pretrained(out / "adapter")
         model = model.merge_and_unload()
@@ -282,10 +284,25 @@ def final_model(cfg): # a checked recipe
     "Folder of the trained model of a run."
     return Path(cfg["output"]) / ("sft" if "sft" in _stages(cfg) else "pretrain") / "model"
 
+def _screen(cfg, data, out, before, after):
+    "Score every kept checkpoint on the questions, one file each in out/screened, and write screen.json: whether the best can be told from the others."
+    from domain_llm.evaluate import multiple_choice, screen
+    questions, found = _questions(data["questions"], cfg["evaluate"]["questions"], cfg["seed"]), {"base": before}
+    for stage in ("pretrain", "sft"):
+        for kept in sorted((out.parent / stage).glob("kept/step-*"), key=lambda p: int(p.name[5:])):
+            path = out / "screened" / f"{stage}-{kept.name}.json"
+            if not path.exists(): write_json(path, multiple_choice(*load_to_measure(str(kept), cfg), questions) | dict(groups=before["groups"]))
+            found[f"{stage} {kept.name[5:]}"] = read_json(path)
+    found["final"] = after
+    screened = screen(found)
+    write_json(out / "screen.json", dict(screened, questions={name: dict(correct=[int(c) for c in r["correct"]]) for name, r in found.items()}, groups=before["groups"]))
+    print(f"      {screened['said']}", flush=True)
+
 def evaluate_stage(cfg, data, out):
     "Measure the trained model and compare it with the base model, question by question."
     from domain_llm.evaluate import paired
     found, before = measure(cfg, data, out.parent, *load_to_measure(str(final_model(cfg)), cfg)), read_json(out.parent / "baseline" / "measured.json")
+    if cfg["evaluate"]["screen"]: _screen(cfg, data, out, before["domain_mcq"], found["domain_mcq"])
     for k in ("domain_mcq", "general_mcq"):
         if k in found: found[k]["change"] = paired(before[k]["correct"], found[k]["correct"], found[k]["groups"])
     write_json(out / "measured.json", found)

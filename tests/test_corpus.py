@@ -312,8 +312,8 @@ def test_reworded_questions_are_flagged_and_statements_are_not(seed):
     asked, pages, stating = rewordings(seed)
     assert decontaminate(pages, asked)[1] == []  # what n-grams cannot see
     found = paraphrases(pages + stating, asked)
-    hit = {f["id"] for f in found}
-    assert len(hit & {p["id"] for p in pages}) >= 0.9 * len(pages) and len(hit - {p["id"] for p in pages}) <= 0.02 * len(stating)
+    hit, true = {f["id"] for f in found}, {p["id"] for p in pages}
+    assert len(hit & true) >= 0.95 * len(true) and len(hit & true) >= 0.95 * len(hit)
     assert [f["share"] for f in found] == sorted((f["share"] for f in found), reverse=True) and len(found) == len(hit)
 
 def test_the_index_loses_nothing(monkeypatch):
@@ -323,6 +323,15 @@ def test_the_index_loses_nothing(monkeypatch):
         with monkeypatch.context() as m:
             m.setattr(corpus, "_holders", lambda weights, share, having: set(range(len(pages + stating))))
             assert paraphrases(pages + stating, asked, share) == quick and quick
+
+@pytest.mark.parametrize("seed", [4, 5])
+def test_reworded_questions_in_conversations_are_flagged(seed):
+    "The demo's conversations ask about every fact in words of their own, also without a question mark."
+    asked, _, stating = rewordings(seed)
+    talk = [dict(messages=r["messages"][:2]) for r in pytest.importorskip("domain_llm.demo").make(seed, 20)["instructions"] if r["task"] == "domain_qa" and len(r["messages"]) == 8]
+    assert sum("?" not in r["messages"][0]["content"] for r in talk) > 20
+    hit = {f["id"] for f in paraphrases(talk + stating, asked)}
+    assert len(hit & set(range(len(talk)))) >= 0.95 * max(len(talk), len(hit))
 
 def test_share_by_hand():
     q = dict(question="Which grease for the crane?", choices=["lard", "tallow"], answer=1)

@@ -10,7 +10,7 @@ from domain_llm.core import InputError
 
 def small(tiny_folder, **more):
     return {**dict(name="small", model=str(tiny_folder), demo=8, mix=dict(parts=dict(domain=1, general=0.5), epochs=1), pretrain=dict(length=128, tokens_per_step=256, probes=4),
-                   sft=dict(length=256, tokens_per_step=512, probes=2, learning_rate=1e-3), evaluate=dict(questions=40, probe_tokens=800), quantize=dict(types=["q8_0"])), **more}
+                   sft=dict(length=256, tokens_per_step=512, probes=2, learning_rate=1e-3), evaluate=dict(questions=40, probe_tokens=800, screen=True), quantize=dict(types=["q8_0"])), **more}
 
 
 def start(path, out, **kw):
@@ -46,6 +46,23 @@ def test_run_leaves_what_it_promises(whole):
     assert m["domain_bpb_after"] < m["domain_bpb_before"]
 
 
+def test_every_checkpoint_is_screened(whole):
+    "Each probe's model is kept, loads by itself and is the one that was scored; the probe of the last step is that of the stage's end."
+    from domain_llm.evaluate import multiple_choice
+    path, out, _, said = whole
+    found, cfg = json.loads((out / "evaluate" / "screen.json").read_text()), recipe.read_recipe(path)
+    steps = [f"{s} {h['step']}" for s in ("pretrain", "sft") for h in json.loads((out / s / "history.json").read_text()) if "score" in h and "share" not in h and h["step"]]
+    assert list(found["checkpoints"]) == ["base", *steps, "final"] and len(steps) == 6 and found["said"] in said
+    assert found["said"] in (out / "report.html").read_text()
+    questions = recipe._questions([str(out / "demo" / "questions" / "domain_mcq.jsonl")], 40, 0)
+    for name in (steps[1], steps[-1]):
+        stage, step = name.split()
+        again = multiple_choice(*recipe.load_to_measure(str(out / stage / "kept" / f"step-{step}"), cfg), questions)
+        assert again["accuracy"] == found["checkpoints"][name]["accuracy"] and [int(c) for c in again["correct"]] == found["questions"][name]["correct"]
+    measured = {when: json.loads((out / s / "measured.json").read_text())["domain_mcq"] for when, s in (("base", "baseline"), ("final", "evaluate"))}
+    for when, r in measured.items(): assert [int(c) for c in r["correct"]] == found["questions"][when]["correct"]
+
+
 def test_report_opens_without_a_network(whole):
     from html.parser import HTMLParser
     page = (whole[1] / "report.html").read_text()
@@ -53,7 +70,7 @@ def test_report_opens_without_a_network(whole):
     class Links(HTMLParser):
         def handle_starttag(self, tag, attrs): links.extend(v for k, v in attrs if k in ("src", "href") and not v.startswith("#"))
     Links().feed(page)
-    assert not links and page.count("<svg") == 3
+    assert not links and page.count("<svg") == 4
     assert "domain-llm chat" in page and "McNemar" in page
 
 
