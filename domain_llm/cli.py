@@ -60,7 +60,7 @@ run that was cut goes on from its last checkpoint: just run the same command aga
     c = add("ablate", "test a rule of thumb on your documents and model", "\n\n" + "\n".join(f"{n:11} {e['about']}" for n, e in EXPERIMENTS.items()) + """
 
 Every arm runs with every seed; finished runs are kept, so the same command goes on after an interruption.
-The verdicts are printed, and the folder gets result.json and trade.png.""")
+The verdicts are printed, and the folder gets result.json, effects.png (the claims) and trade.png (gain against loss).""")
     c.add_argument("experiment", help=" or ".join(EXPERIMENTS))
     c.add_argument("--recipe", metavar="FILE", help="documents, model and settings; the demo's when not given")
     c.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each arm (%(default)s)")
@@ -137,7 +137,7 @@ def _ablate(a):
     from domain_llm import experiments
     result = experiments.ablation(a.experiment, a.recipe, a.seeds, a.tokens, a.output)
     print(experiments.told(result))
-    print(f"{os.path.relpath(result['folder'])}: result.json, trade.png")
+    print(f"{os.path.relpath(result['folder'])}: result.json, trade.png" + (", effects.png" if result["claims"] else ""))
 
 def _chat(a):
     from domain_llm.quantize import chat

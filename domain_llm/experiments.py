@@ -183,7 +183,6 @@ def ablation(name:str, # one of EXPERIMENTS
         cfg["output"] = str(out)
         data, docs, mark = _prepare(what, cfg, out)
         before, (arms, without) = _before(cfg, data, out, mark), _arms(what, cfg, docs, mark)
-        for arm, why in without.items(): print(f"no arm '{arm}': {why}", flush=True)
         runs = ablate.run(lambda settings, seed: _train_and_measure(cfg, data, out, settings, seed), arms, range(seeds), out / "runs")
         usable = [c for c in what["claims"] if {c["arm"], c["base"]} <= set(runs) and _groups(before, c["metric"]) > 1]
         result = dict(experiment=name, about=what["about"], model=Path(cfg["model"]).name if Path(cfg["model"]).is_dir() else cfg["model"], data={k: [Path(p).name for p in data[k]] for k in recipe.READS["corpus"]},
@@ -215,6 +214,7 @@ def told(result:dict): # as `ablation` gives it
     wide = max(len(r[0]) for r in rows)
     lines = [r[0].ljust(wide) + "".join(f"{c:>14}" for c in r[1:]) for r in [["", *names], *rows]]
     for c in ablate.verdict(result["runs"], result["claims"]): lines.append(ablate.sentence(c, *UNITS[c["metric"]]))
+    lines += [f"no arm '{arm}': {why}" for arm, why in result.get("without", {}).items()]
     return "\n".join(lines + ([_advised(result)] if result["experiment"] == "mix-pilots" else []))
 
 # %% ../nbs/19_experiments.ipynb #0093ea86

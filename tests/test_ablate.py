@@ -32,14 +32,14 @@ def test_the_mean_of_unequal_groups_is_that_of_the_items():
     assert r["diff"] == pytest.approx(5 / 8)
 
 
-@pytest.mark.parametrize("seed_sd, group_sd", [(0.3, 0.3), (0.02, 0.7), (0.3, 0.0), (0.0, 0.0)])
-def test_the_interval_covers_the_truth(seed_sd, group_sd):
+@pytest.mark.parametrize("seed_sd, group_sd, groups, least", [(0.3, 0.3, 40, 930), (0.02, 0.7, 40, 930), (0.3, 0.0, 40, 930), (0.0, 0.0, 40, 930), (1.0, 1.0, 40, 905), (1.0, 1.0, 5, 940), (0.0, 1.0, 5, 940)])
+def test_the_interval_covers_the_truth(seed_sd, group_sd, groups, least):
     rng, inside = np.random.default_rng(5), 0
     for _ in range(1000):
-        d = 0.2 + rng.normal(0, seed_sd, (3, 1)) + rng.normal(0, group_sd, (1, 40)) + rng.normal(0, 1, (3, 40))
+        d = 0.2 + rng.normal(0, seed_sd, (3, 1)) + rng.normal(0, group_sd, (1, groups)) + rng.normal(0, 1, (3, groups))
         r = ablate.difference(d, np.zeros_like(d))
         inside += r["low"] <= 0.2 <= r["high"]
-    assert inside >= 930
+    assert inside >= least
 
 
 def test_margin_moves_the_p_value_only():
@@ -128,6 +128,17 @@ def test_needed_sizes_do_resolve():
     assert few == 5 and 1.96 * np.sqrt(0.5 / 2) < 1  # by hand: t(4) = 2.776, times sqrt(0.5 / 5) is 0.88; t(3) = 3.182 gives 1.13
 
 
+def test_the_forest_shows_every_claim_in_its_panel():
+    claims = [dict(text=f"claim {i}", metric=m, diff=d, low=d - 0.1, high=d + 0.1, verdict=v) for i, (m, d, v) in enumerate(
+        [("mcq", 0.3, "supported"), ("bpb", -0.2, "refuted"), ("mcq", 0.05, "not resolved at this size")])]
+    fig = ablate.forest(claims, {"mcq": ("points", 100)})
+    upper, lower = fig.axes
+    assert [t.get_text() for t in upper.get_yticklabels()] == ["claim 0", "claim 2"] and "points" in upper.get_xlabel() and "bpb" in lower.get_xlabel()
+    points = [(float(c.lines[0].get_xdata()[0]), c.lines[0].get_color()) for ax in fig.axes for c in ax.containers]
+    assert [x for x, _ in points] == pytest.approx([30, 5, -0.2]) and len({colour for _, colour in points}) == 3
+    assert {t.get_text() for t in fig.legends[0].get_texts()} == {c["verdict"] for c in claims}
+
+
 def test_detectable_has_the_power_it_says():
     "Simulated discordant pairs, tested by McNemar."
     n, differ = 400, 0.2
@@ -146,6 +157,7 @@ def test_detectable_has_the_power_it_says():
     (lambda: ablate.compare(runs_of({"a": 0, "b": 0}), "mcq", "aa", "b"), "did you mean 'a'"),
     (lambda: ablate.compare(runs_of({"a": 0, "b": 0}), "mcp", "a", "b"), "did you mean 'mcq'"),
     (lambda: ablate.detectable(1), "at least 2"),
+    (lambda: ablate.forest([]), "no claim"),
 ])
 def test_bad_input_is_named(call, says):
     with pytest.raises(InputError, match=says): call()

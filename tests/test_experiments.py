@@ -18,7 +18,8 @@ def test_an_experiment_on_a_recipe_from_the_command_line(tiny_folder, tmp_path):
     first = command("ablate", "mix", "--recipe", path, "--seeds", 2, "--output", out)
     assert first.returncode == 0, first.stderr[-2000:]
     result = json.loads((out / "result.json").read_text())
-    assert list(result["runs"]) == ["1:0", "1:1", "1:2", "1:5", "1:10"] and (out / "trade.png").stat().st_size > 5000
+    assert list(result["runs"]) == ["1:0", "1:1", "1:2", "1:5", "1:10"] and min((out / f).stat().st_size for f in ("trade.png", "effects.png")) > 5000
+    assert result["model"] == tiny_folder.name and result["data"]["questions"] == ["domain_mcq.jsonl"] and result["provenance"]["machine"]["versions"]["torch"] and str(tmp_path) not in json.dumps(result)
     for arm in result["runs"].values():
         assert set(arm) == {"0", "1"}
         for m in arm.values(): assert len(m["domain_mcq"]["values"]) == 40 == len(m["domain_mcq"]["groups"]) and set(m["domain_mcq"]["values"]) <= {0, 1}
@@ -31,13 +32,14 @@ def test_an_experiment_on_a_recipe_from_the_command_line(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name, arms", [("rehearse", {"no replay", "general text", "rehearsal"}),
-                                         ("rewarm", {"no replay, re-warmed", "no replay, low and constant", "1:1, re-warmed", "1:1, low and constant"}), ("select", {"standard", "book", "web", "news", "by random", "by density", "by dsir", "by diverse"})])
+                                         ("rewarm", {"no replay, re-warmed", "no replay, low and constant", "1:1, re-warmed", "1:1, low and constant"}),
+                                         ("select", {"standard", "book", "web", "news", *(f"by {b}" for b in ("random", "prior", "density", "both", "quality", "dsir", "diverse")), "near in meaning"})])
 def test_the_other_experiments_train(tiny_folder, tmp_path, name, arms):
-    recipe = small(tiny_folder) | dict(mix=dict(tokens=600), evaluate=dict(questions=8, probe_tokens=100), select=dict(tokens=600 if name == "select" else None))
+    recipe = small(tiny_folder) | dict(mix=dict(tokens=600), evaluate=dict(questions=8, probe_tokens=100), select=dict(tokens=450 if name == "select" else None))
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     result = experiments.ablation(name, tmp_path / "r.yaml", seeds=1, output=tmp_path / "out")
     assert set(result["runs"]) == arms and result["claims"]
-    if name == "select": assert len(result["before"]["domain_bpb"]["values"]) == 1 and {c["metric"] for c in result["claims"]} == {"domain_mcq"}  # no claim from a single document
+    if name == "select": assert len(result["before"]["domain_bpb"]["values"]) == 1 and {c["metric"] for c in result["claims"]} == {"domain_prob"}  # no claim from a single document
     seen = [m["0"]["domain_bpb"]["values"] for m in result["runs"].values()]
     assert all(a != b for i, a in enumerate(seen[:5]) for b in seen[:i])  # scorers may agree on so small a corpus; the first five arms trained on different texts
     if name == "rewarm": assert {(a["pretrain"]["schedule"], a["pretrain"]["learning_rate"]) for a in result["arms"].values()} == {("cosine", 2e-4), ("constant", 2e-5)}
@@ -76,8 +78,8 @@ def test_kinds_that_are_not_there_give_no_arm(tmp_path):
     from domain_llm import recipe
     cfg = recipe.check(dict(demo=8, mix=dict(tokens=1000)))
     docs = [dict(text="x" * 640, kind=k) for k in ("standard", "web")]
-    arms = experiments._arms(experiments.EXPERIMENTS["select"], cfg, docs, "mark")
-    assert [a for a in arms if not a.startswith("by ")] == ["standard", "web"]
+    arms, without = experiments._arms(experiments.EXPERIMENTS["select"], cfg, docs, "mark")
+    assert list(arms)[:3] == ["standard", "web", "by random"] and list(without) == ["book", "news"] and "0 tokens" in without["book"]
     assert {a["select"]["tokens"] for a in arms.values()} == {80}  # a quarter of 1,280 bytes at four bytes a token
     assert arms["by dsir"]["select"]["by"] == "dsir" and arms["web"]["select"]["kinds"] == ["web"]
 
@@ -85,8 +87,17 @@ def test_kinds_that_are_not_there_give_no_arm(tmp_path):
 def test_one_kind_has_no_target_for_dsir():
     from domain_llm import recipe
     cfg = recipe.check(dict(demo=8, mix=dict(tokens=1000)))
-    arms = experiments._arms(experiments.EXPERIMENTS["select"], cfg, [dict(text="x" * 640, kind="book")] * 3, "mark")
-    assert list(arms) == ["book", "by random", "by density", "by diverse"]
+    arms, without = experiments._arms(experiments.EXPERIMENTS["select"], cfg, [dict(text="x" * 640, kind="book")] * 3, "mark")
+    assert list(arms) == ["book", "by random", "by prior", "by density", "by both", "by quality", "by diverse"]
+    assert list(without) == ["standard", "web", "news", "by dsir", "near in meaning"] and "one kind" in without["by dsir"]
+
+
+def test_a_kind_with_less_text_than_the_budget_gives_no_arm():
+    from domain_llm import recipe
+    cfg = recipe.check(dict(demo=8, mix=dict(tokens=1000), select=dict(tokens=100)))
+    arms, without = experiments._arms(experiments.EXPERIMENTS["select"], cfg, [dict(text="x" * n, kind=k) for n, k in ((1000, "standard"), (396, "news"))], "mark")
+    assert "standard" in arms and without["news"] == "about 99 tokens of this kind, where 100 are selected"
+    assert experiments.told(dict(experiment="select", before={}, runs={}, claims=[], without=without)).count("no arm") == len(without)
 
 
 def test_equal_domain_tokens_take_no_total(tmp_path):
