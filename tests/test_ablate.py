@@ -156,6 +156,7 @@ def test_detectable_has_the_power_it_says():
     (lambda: ablate.difference([[1, 0]], [[0, 0]], ["a", "a"]), "one group"),
     (lambda: ablate.compare(runs_of({"a": 0, "b": 0}), "mcq", "aa", "b"), "did you mean 'a'"),
     (lambda: ablate.compare(runs_of({"a": 0, "b": 0}), "mcp", "a", "b"), "did you mean 'mcq'"),
+    (lambda: ablate.run(None, {"1:1": {}, "1-1": {}}, (0,), "x"), "share a file"),
     (lambda: ablate.detectable(1), "at least 2"),
     (lambda: ablate.forest([]), "no claim"),
 ])

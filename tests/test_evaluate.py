@@ -196,16 +196,20 @@ def test_long_prompts_lose_their_beginning(tok):
 
 # --- multiple choice
 
+def level(scores, most=1e-3): return np.diff(np.sort(scores)[-2:])[0] < most  # the two best options, within rounding
+
 @pytest.mark.parametrize("name", ["demo", "mmlu", "cmmlu"])
 def test_picks_equal_lm_eval(model, tok, bench, name):
     lm_eval_or_skip()
-    if name == "demo": rows = random.Random(0).sample(demo.make()["mcq"], 30) + demo.common()[:20]
+    if name == "demo": rows = demo.make()["mcq"] + demo.common()
     elif not MCQ.is_dir(): pytest.skip("no shared/data")
     elif name == "mmlu": rows = [r for r in bench.mmlu(100) if len(r["question"]) < 250][:15]
     else: rows = read_questions(MCQ / "cmmlu/nutrition_test.csv")[:12]
     ref = bench.lm_eval_run(model, tok, rows)
     got, norm = multiple_choice(model, tok, rows), multiple_choice(model, tok, rows, norm="chars")
-    assert got["picks"] == ref["picks"] and norm["picks"] == ref["picks_norm"]
+    sure = [i for i, scores in enumerate(ref["loglik"]) if not level(scores)]
+    assert [got["picks"][i] for i in sure] == [ref["picks"][i] for i in sure] and len(sure) > 0.95 * len(rows)
+    assert sum(a == b for a, b in zip(norm["picks"], ref["picks_norm"])) >= len(sure)
     for a, b in zip(got["loglik"], ref["loglik"]): assert a == pytest.approx(b, abs=1e-3)
 
 def test_picks_equal_lm_eval_on_500_real_questions(bench):
@@ -215,8 +219,7 @@ def test_picks_equal_lm_eval_on_500_real_questions(bench):
     if len(rows) < 500: pytest.skip("no shared/data")
     model, tok = load()
     ref, got = bench.lm_eval_run(model, tok, rows, 16), multiple_choice(model, tok, rows)
-    margin = [np.diff(np.sort(scores)[-2:])[0] for scores in ref["loglik"]]
-    assert not [i for i, (a, b, m) in enumerate(zip(ref["picks"], got["picks"], margin)) if a != b and m > 2e-3]
+    assert not [i for i, (a, b, scores) in enumerate(zip(ref["picks"], got["picks"], ref["loglik"])) if a != b and not level(scores, 2e-3)]
     for a, b in zip(ref["loglik"], got["loglik"]): assert a == pytest.approx(b, abs=2e-3)
     assert 0.25 < got["accuracy"] < 0.6 and len(set(got["picks"])) == 4
 
@@ -229,6 +232,10 @@ def test_shots_equal_lm_eval(model, tok, bench, style):
     assert [p for p, _ in _asked(rows, style, shots=shots)] == ref["prompts"] and got["picks"] == ref["picks"]
     for a, b in zip(got["loglik"], ref["loglik"]): assert a == pytest.approx(b, abs=1e-3)
     assert got["loglik"][0] != pytest.approx(multiple_choice(model, tok, rows[:1], style=style)["loglik"][0], abs=1e-3)
+
+def test_the_right_options_share_is_its_softmax(model, tok):
+    got = multiple_choice(model, tok, QUESTIONS)
+    for q, p, scores in zip(QUESTIONS, got["prob"], got["loglik"]): assert p == pytest.approx(float(torch.tensor(scores, dtype=torch.float64).softmax(0)[q["answer"]]), rel=1e-9)
 
 def test_shots_by_hand(model, tok):
     shot = dict(question="What is 3 + 3?", choices=["33", "6"], answer=1)

@@ -26,8 +26,9 @@ def test_an_experiment_on_a_recipe_from_the_command_line(tiny_folder, tmp_path):
     assert {c["verdict"] for c in result["claims"]} <= {"supported", "refuted", "not resolved at this size"}
     assert result["runs"]["1:0"]["0"] != result["runs"]["1:5"]["0"] and "against 1:0" in first.stdout
     (out / "runs" / "1-5-1.json").unlink()
+    (out / "run-killed.part" / "pretrain").mkdir(parents=True)
     again = command("ablate", "mix", "--recipe", path, "--seeds", 2, "--output", out)
-    assert again.stdout.count("run ") == 1 and "1:5, seed 1" in again.stdout
+    assert again.stdout.count("run ") == 1 and "1:5, seed 1" in again.stdout and not list(out.glob("*.part"))
     assert json.loads((out / "result.json").read_text())["runs"] == result["runs"]  # the same settings and seed, the same figures
 
 
