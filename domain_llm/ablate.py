@@ -21,8 +21,10 @@ def run(measure, # function(settings, seed) -> {metric: {"values": [one per item
     if len(arms) < 2: raise InputError(f"an experiment compares at least two arms, not {len(arms)}.")
     if not seeds or len(set(seeds)) < len(seeds): raise InputError(f"an experiment needs seeds, each once; got {list(seeds)}.")
     folder, found, took = Path(folder), {a: {} for a in arms}, []
+    files = {a: a.replace("/", "-").replace(":", "-") for a in arms}
+    if len(set(files.values())) < len(arms): raise InputError(f"two arms would share a file, since their names differ only in '/', ':' and '-': {', '.join(arms)}. Rename one.")
     for n, (seed, arm) in enumerate([(s, a) for s in seeds for a in arms], 1):
-        path, mark = folder / f"{arm.replace('/', '-').replace(':', '-')}-{seed}.json", fingerprint(arms[arm], seed)
+        path, mark = folder / f"{files[arm]}-{seed}.json", fingerprint(arms[arm], seed)
         kept = read_json(path) if path.exists() else {}
         if kept.get("fingerprint") != mark:
             start = time.time()
@@ -137,7 +139,7 @@ def effects(runs:dict, metric:str, base:str, # as in `compare`
 
 def forest(claims:list, # as from `verdict`
            units=None): # metric -> (unit, scale), as in `sentence`; the metric's own when not given
-    "Figure: every claim's difference with its 95% interval, coloured by its verdict, one panel per metric."
+    "Figure: every claim's difference with its 95% interval, coloured by its verdict, one panel per metric; a black stroke is a claim's margin."
     import matplotlib.pyplot as plt
     from textwrap import fill
     metrics, colours = {}, {"supported": "#2e7d32", "refuted": "#c62828", "not resolved at this size": "#757575"}
@@ -148,6 +150,7 @@ def forest(claims:list, # as from `verdict`
         unit, scale = (units or {}).get(metric, ("", 1.0))
         for y, c in enumerate(mine):
             ax.errorbar(scale * c["diff"], y, xerr=[[scale * (c["diff"] - c["low"])], [scale * (c["high"] - c["diff"])]], fmt="o", capsize=4, color=colours[c["verdict"]])
+            if c.get("margin"): ax.plot(2 * [scale * c["margin"] * (1 if c.get("more", True) else -1)], [y - 0.3, y + 0.3], color="black", lw=1)
         ax.axvline(0, color="grey", lw=1, ls="--")
         ax.set(yticks=range(len(mine)), yticklabels=[fill(c["text"], 52) for c in mine], ylim=(len(mine) - 0.4, -0.6), xlabel=f"{metric}: difference of the arms{f' ({unit})' if unit else ''}")
         ax.tick_params("y", labelsize=9)

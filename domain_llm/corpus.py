@@ -700,7 +700,8 @@ def _weigh(sought, number, having, n): # as from `_sought`; word -> number; rows
 # %% ../nbs/03_corpus.ipynb #d24dfddf
 def _as_text(row, i):
     "A row with text and id; in a conversation a blank marks the end of each of the user's turns, as of a question."
-    text = row["text"] if "text" in row else "\n".join(m["content"] + (" ___" if m["role"] == "user" else "") for m in row["messages"])
+    if "text" not in row and "messages" not in row: raise InputError(f"row {i} has neither 'text' nor 'messages': give documents or conversations.")
+    text = row["text"] if "text" in row else "\n".join((m["content"] or "") + (" ___" if m["role"] == "user" else "") for m in row["messages"])
     return dict(id=row.get("id", i), text=text)
 
 def paraphrases(rows, # document rows, or conversations: rows with "messages"

@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENTS', 'UNITS', 'values', 'ablation', 'picture', 'told', 'pilots', 'advise']
 
 # %% ../nbs/19_experiments.ipynb #a7105f24
-import math, os, tempfile
+import math, os, shutil, tempfile
 from functools import partial
 from statistics import fmean
 from pathlib import Path
@@ -31,14 +31,17 @@ _DOMAIN = _KEEPS + [dict(text="at equal domain tokens, 1:5 learns the domain bet
                     dict(text="at equal domain tokens, 1:5 learns the domain better than 1:1", metric="domain_mcq", arm="1:5", base="1:1")]
 
 # %% ../nbs/19_experiments.ipynb #793f48bc
-def _budget(cfg, docs): return cfg["select"]["tokens"] or sum(len(d["text"].encode()) for d in docs) // 16
+def _tokens(docs): return sum(len(d["text"].encode()) for d in docs) // 4
+
+def _budget(cfg, docs): return cfg["select"]["tokens"] or _tokens(docs) // 4
 
 def _of_kind(kind, cfg, docs):
-    own, wanted = sum(len(d["text"].encode()) for d in docs if d["kind"] == kind) // 4, _budget(cfg, docs)
-    return {"select": {"tokens": wanted, "by": "random", "kinds": [kind]}} if own >= wanted else f"about {own:,} tokens of this kind, where {wanted:,} are selected"
+    own, wanted = _tokens([d for d in docs if d["kind"] == kind]), _budget(cfg, docs)
+    return {"select": {"tokens": wanted, "by": "random", "kinds": [kind], "near": None}} if own >= wanted else f"about {own:,} tokens of this kind, where {wanted:,} are selected"
 
 def _scored(by, cfg, docs, near=None):
     if len({d["kind"] for d in docs}) < 2 and (near or by == "dsir"): return "all documents are of one kind, so that none can be the target"
+    if near and _budget(cfg, docs) > near / 2 * _tokens(docs): return f"the nearest {near:.0%} of the documents may not fill {_budget(cfg, docs):,} tokens"
     return {"select": {"tokens": _budget(cfg, docs), "by": by, "kinds": [], "near": near}}
 
 _SCORERS = ("prior", "density", "both", "quality", "dsir", "diverse")
@@ -61,7 +64,7 @@ _WARMS = [dict(text="re-warming learns more than a low constant rate, with repla
 def _rehearsed(cfg, docs):
     "Replay of text that the model wrote before training, the half of the run's tokens; it is written once and kept."
     from domain_llm import mix, recipe
-    path = Path(cfg["output"]) / f"rehearsal-{fingerprint(cfg['model'], cfg['seed'], cfg['mix']['tokens'])}.jsonl"
+    path = Path(cfg["output"]) / f"rehearsal-{fingerprint(recipe._model_identity(cfg['model']), cfg['seed'], cfg['mix']['tokens'])}.jsonl"
     if not path.exists(): write_jsonl(path, mix.rehearse(*recipe.load_to_measure(cfg["model"], cfg), cfg["mix"]["tokens"] // 2, seed=cfg["seed"]))
     return _ratio(cfg, 1) | {"data": {"general": [str(path)]}}
 
@@ -127,7 +130,7 @@ def _prepare(what, cfg, out):
 # %% ../nbs/19_experiments.ipynb #99677aed
 def _arms(what, cfg, docs, mark):
     "The settings of each arm (the recipe with the arm's change, without what no arm uses, with a mark of the data), and why others are left out."
-    base, arms, without = _merged(cfg, {"pretrain": {"probes": 1, "forgetting_budget": 1e6}, "evaluate": {"probe_tokens": 200}}), {}, {}
+    base, arms, without = _merged(cfg, {"pretrain": {"probes": 1, "forgetting_budget": 1e6}, "evaluate": {"probe_tokens": 200, "screen": False}}), {}, {}
     for name, change in what["arms"].items():
         changed = change(base, docs)
         if isinstance(changed, str): without[name] = changed; continue
@@ -139,7 +142,7 @@ def _arms(what, cfg, docs, mark):
 def _train_and_measure(cfg, data, out, settings, seed):
     "Train one arm with one seed in a temporary folder and measure it."
     from domain_llm import recipe
-    with tempfile.TemporaryDirectory(dir=out) as d:
+    with tempfile.TemporaryDirectory(prefix="run-", suffix=".part", dir=out) as d:
         os.symlink(out / "corpus", Path(d) / "corpus")
         (Path(d) / "pretrain").mkdir()
         made = recipe.pretrain_stage({**settings, "seed": seed}, data | {"general": settings["data"]["general"]}, Path(d) / "pretrain")
@@ -174,23 +177,25 @@ def ablation(name:str, # one of EXPERIMENTS
              output=None): # folder of the experiment; ablate/NAME in the recipe's folder when not given
     "Run an experiment on a recipe's documents and model, and write `result.json`, `effects.png` and `trade.png`; gives its content. Finished runs are kept, so calling it again goes on."
     import time
+    import matplotlib.pyplot as plt
     from domain_llm import recipe
     start = time.time()
     what, cfg = _checked(name, path, seeds, tokens)
     out = Path(output or Path(cfg["output"]) / "ablate" / name).expanduser().resolve()
     recipe.make_room(out)
     with recipe.alone(out):
+        for left in out.glob("run-*.part"): shutil.rmtree(left)  # of a run that was killed
         cfg["output"] = str(out)
         data, docs, mark = _prepare(what, cfg, out)
         before, (arms, without) = _before(cfg, data, out, mark), _arms(what, cfg, docs, mark)
         runs = ablate.run(lambda settings, seed: _train_and_measure(cfg, data, out, settings, seed), arms, range(seeds), out / "runs")
         usable = [c for c in what["claims"] if {c["arm"], c["base"]} <= set(runs) and _groups(before, c["metric"]) > 1]
-        result = dict(experiment=name, about=what["about"], model=Path(cfg["model"]).name if Path(cfg["model"]).is_dir() else cfg["model"], data={k: [Path(p).name for p in data[k]] for k in recipe.READS["corpus"]},
+        result = dict(experiment=name, about=what["about"], model=Path(cfg["model"]).name if Path(cfg["model"]).is_dir() else cfg["model"], data={k: [Path(p).name if Path(p).exists() else p for p in data[k]] for k in ("documents", "questions", "general", "instructions")},
                       seeds=list(range(seeds)), mix=cfg["mix"], pretrain=cfg["pretrain"], arms={a: {k: made[k] for k in ("mix", "select", "pretrain")} for a, made in arms.items()}, without=without,
                       before=before, runs=runs, claims=ablate.verdict(runs, usable), provenance=provenance(start))
         write_json(out / "result.json", result)
-        picture(result).savefig(out / "trade.png", dpi=150)
-        if usable: ablate.forest(result["claims"], UNITS).savefig(out / "effects.png", dpi=150)
+        figures = {"trade.png": picture(result)} | ({"effects.png": ablate.forest(result["claims"], UNITS)} if usable else {})
+        for name, fig in figures.items(): fig.savefig(out / name, dpi=150); plt.close(fig)
     return {**result, "folder": str(out)}
 
 # %% ../nbs/19_experiments.ipynb #65ce53fd

@@ -8,7 +8,7 @@ __all__ = ['DEMO_MODEL', 'resolve', 'quiet', 'load_tokenizer', 'load', 'check_te
 # %% ../nbs/01_models.ipynb #c6f32f85
 import json, os
 from pathlib import Path
-from .core import InputError, atomic_dir, cache_dir, nearest
+from .core import InputError, atomic_dir, cache_dir, nearest, read_json
 
 # %% ../nbs/01_models.ipynb #5d2b07fe
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -94,12 +94,17 @@ def load_tokenizer(name:str=DEMO_MODEL, # as in `resolve`
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok
 
+def _of_adapter(folder):
+    "The model that a folder is or, for a LoRA adapter, that it belongs to; and the adapter's folder or None."
+    path = Path(folder) / "adapter_config.json"
+    return (resolve(read_json(path)["base_model_name_or_path"]), folder) if path.exists() else (folder, None)
+
 def load(name:str=DEMO_MODEL, # as in `resolve`
          dtype=None, # torch dtype; float32 on CPU and bfloat16 on GPU when not given
          device=None, # "cpu", "cuda", ...; a GPU if there is one when not given
          quantize:str=None, # "nf4" or "int8": bitsandbytes weights of 4 or 8 bits
          trust_remote_code:bool=False): # run code that comes with the model
-    "Load `(model, tokenizer)`, the model in evaluation mode. Raises InputError when the name or the files are wrong."
+    "Load `(model, tokenizer)`, the model in evaluation mode, with a LoRA adapter merged into it. Raises InputError when the name or the files are wrong."
     import torch
     from transformers import AutoModelForCausalLM
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,7 +112,12 @@ def load(name:str=DEMO_MODEL, # as in `resolve`
     tok = load_tokenizer(name, trust_remote_code)
     kw = dict(device_map=device, quantization_config=_bnb(quantize, dtype)) if quantize else {}
     with quiet():
-        try: model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **kw)
+        try:
+            folder, adapter = _of_adapter(resolve(name))
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **kw)
+            if adapter:
+                from peft import PeftModel
+                model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         except InputError: raise
         except Exception as e: raise _failed(name, e) from e
     rows = model.get_input_embeddings().weight.shape[0]

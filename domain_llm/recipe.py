@@ -211,6 +211,7 @@ def baseline_stage(cfg, data, out):
     model, tok = load_to_measure(cfg["model"], cfg)
     check_template(tok, cfg["model"])
     found = measure(cfg, data, out.parent, model, tok)
+    if cfg["evaluate"]["screen"] and len(set(found["domain_mcq"]["groups"])) < 2: raise InputError("evaluate.screen compares checkpoints on questions of at least two groups, and these are all of one. Give more questions, or leave their group out.")
     write_json(out / "measured.json", found)
     return _headline(found)
 
@@ -259,9 +260,14 @@ def sft_stage(cfg, data, out):
     result = _train(cfg, set_, data, out, came_from, model, tok, rows)
     return dict(conversations=len(rows), left_out=left_out, tokens=result["tokens"], best_step=result["best_step"], steps=result["steps"], share_kept=result["pulled_back"][-1]["share"])
 
+def _kept(folder):
+    "The folders of a stage's kept models, in the order of their steps; what a kill left half written is not one."
+    return sorted((p for p in folder.glob("kept/step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+
 def _train(cfg, set_, data, out, came_from, model, tok, rows):
     "Train with probes, save the merged model to out/model and the curves to out/history.json."
     from domain_llm.models import load, quiet
+    for left in out.glob("kept/*.part"): shutil.rmtree(left)
     if set_["method"] == "lora": model = pretraining.add_lora(model, set_["rank"], set_["alpha"])
     earlier = out.parent / "pretrain" / "history.json"  # the budget counts from the base model, also in the second stage
     started = earlier if out.name == "sft" and cfg["pretrain"] else out / "checkpoints" / "start.json"
@@ -269,7 +275,7 @@ def _train(cfg, set_, data, out, came_from, model, tok, rows):
     reference = (found[0] if isinstance(found, list) else found or {}).get("general_bpb")
     probe = pretraining.make_probe(tok, *probes(cfg, data, out.parent), budget=set_["forgetting_budget"], reference=reference, max_tokens=cfg["evaluate"]["probe_tokens"])
     result = pretraining.train(model, rows, out / "checkpoints", set_, probe, seed=cfg["seed"], keep=out / "kept" if cfg["evaluate"]["screen"] else None)
-    for kept in out.glob("kept/step-*"): tok.save_pretrained(kept)
+    for kept in _kept(out): tok.save_pretrained(kept)
     if set_["method"] == "lora":
         model.save_pretrained(out / "adapter")
         model = model.merge_and_unload()
@@ -288,12 +294,12 @@ def _screen(cfg, data, out, before, after):
     "Score every kept checkpoint on the questions, one file each in out/screened, and write screen.json: whether the best can be told from the others."
     from domain_llm.evaluate import multiple_choice, screen
     questions, found = _questions(data["questions"], cfg["evaluate"]["questions"], cfg["seed"]), {"base": before}
-    for stage in ("pretrain", "sft"):
-        for kept in sorted((out.parent / stage).glob("kept/step-*"), key=lambda p: int(p.name[5:])):
+    for stage in [s for s in _stages(cfg) if s in ("pretrain", "sft")]:
+        for kept in _kept(out.parent / stage):
             path = out / "screened" / f"{stage}-{kept.name}.json"
             if not path.exists(): write_json(path, multiple_choice(*load_to_measure(str(kept), cfg), questions) | dict(groups=before["groups"]))
-            found[f"{stage} {kept.name[5:]}"] = read_json(path)
-    found["final"] = after
+            found[f"{stage}, step {kept.name[5:]}"] = read_json(path)
+    if all(list(r["correct"]) != list(after["correct"]) for r in found.values()): found["final"] = after  # one of the steps, unless its weights were pulled back
     screened = screen(found)
     write_json(out / "screen.json", dict(screened, questions={name: dict(correct=[int(c) for c in r["correct"]]) for name, r in found.items()}, groups=before["groups"]))
     print(f"      {screened['said']}", flush=True)

@@ -105,10 +105,11 @@ def _svg(fig):
 def collect(out, cfg:dict): # folder of a run, and its recipe
     "Everything the report says, as one dict, from the files of the stages."
     out = Path(out)
-    manifests = [read_json(p) for s in ("corpus", "baseline", "pretrain", "sft", "evaluate", "quantize") if (p := out / s / "manifest.json").exists()]
+    stages = [s for s in ("corpus", "baseline", "pretrain", "sft", "evaluate", "quantize") if cfg.get(s, True) is not None]  # a stage that was switched off may have left its folder
+    manifests = [read_json(p) for s in stages if (p := out / s / "manifest.json").exists()]
     by = {m["stage"]: m for m in manifests}
     before, after = read_json(out / "baseline" / "measured.json"), read_json(out / "evaluate" / "measured.json")
-    budget = (cfg["pretrain"] or cfg["sft"])["forgetting_budget"]
+    budget, screened = (cfg["pretrain"] or cfg["sft"])["forgetting_budget"], out / "evaluate" / "screen.json"
     metrics = {}
     for when, found in (("before", before), ("after", after)):
         for key, value in (("domain_mcq", "accuracy"), ("general_mcq", "accuracy"), ("domain_bpb", "bpb"), ("general_bpb", "bpb")):
@@ -116,7 +117,7 @@ def collect(out, cfg:dict): # folder of a run, and its recipe
             metrics.update({f"{key}_{when}{end}": None if r.get(name) != r.get(name) else r.get(name) for end, name in (("", value), ("_low", "low"), ("_high", "high"))})  # nan: a single document has no interval
     metrics.update(seconds=round(sum(m["seconds"] for m in manifests), 1), trained_tokens=sum(by[s]["metrics"]["tokens"] for s in ("pretrain", "sft") if s in by), verdict=verdict(before, after, budget))
     return dict(name=cfg["name"], model=cfg["model"], seed=cfg["seed"], before=before, after=after, manifests=manifests, by=by, budget=budget, metrics=metrics,
-                screen=read_json(out / "evaluate" / "screen.json") if (out / "evaluate" / "screen.json").exists() else None, checks=read_json(out / "quantize" / "checks.json"), corpus=read_json(out / "corpus" / "report.json"), histories={s: read_json(out / s / "history.json") for s in ("pretrain", "sft") if s in by})
+                screen=read_json(screened) if screened.exists() else None, checks=read_json(out / "quantize" / "checks.json"), corpus=read_json(out / "corpus" / "report.json"), histories={s: read_json(out / s / "history.json") for s in ("pretrain", "sft") if s in by})
 
 def write_report(out, cfg:dict): # folder of a run whose stages are done, and its recipe
     "Write metrics.json, report.html and MODEL_CARD.md into the run's folder; gives the metrics."
@@ -124,7 +125,10 @@ def write_report(out, cfg:dict): # folder of a run whose stages are done, and it
     from domain_llm.evaluate import screen_plot
     out, found = Path(out), collect(out, cfg)
     figures = dict(change=_svg(plot_change(found["before"], found["after"])), curves=_svg(plot_curves(found["histories"])), corpus=_svg(plot_corpus(found["corpus"])))
-    if found["screen"]: figures["screen"] = _svg(screen_plot(found["screen"]))
+    if found["screen"]:
+        import matplotlib.pyplot as plt
+        figures["screen"] = _svg(fig := screen_plot(found["screen"]))
+        plt.close(fig)
     for name, target in (("report.html", "report.html"), ("model_card.md", "MODEL_CARD.md")):
         template = (files("domain_llm") / "data" / f"{name}.jinja").read_text(encoding="utf-8")
         page = Environment(autoescape=name.endswith("html")).from_string(template).render(figures=figures, run_folder=str(out), **found)

@@ -327,8 +327,9 @@ def test_the_index_loses_nothing(monkeypatch):
 @pytest.mark.parametrize("seed", [4, 5])
 def test_reworded_questions_in_conversations_are_flagged(seed):
     "The demo's conversations ask about every fact in words of their own, also without a question mark."
+    from domain_llm import demo
     asked, _, stating = rewordings(seed)
-    talk = [dict(messages=r["messages"][:2]) for r in pytest.importorskip("domain_llm.demo").make(seed, 20)["instructions"] if r["task"] == "domain_qa" and len(r["messages"]) == 8]
+    talk = [dict(messages=r["messages"][:2]) for r in demo.make(seed, 20)["instructions"] if r["task"] == "domain_qa" and len(r["messages"]) == 8]
     assert sum("?" not in r["messages"][0]["content"] for r in talk) > 20
     hit = {f["id"] for f in paraphrases(talk + stating, asked)}
     assert len(hit & set(range(len(talk)))) >= 0.95 * max(len(talk), len(hit))
@@ -356,6 +357,8 @@ def test_paraphrases_in_chinese():
 def test_paraphrases_need_an_answer():
     for bad in ("Which colour?", dict(question="Which colour?"), dict(question="Which colour?", choices=["red"]), dict(q="x")):
         with pytest.raises(InputError, match="has no right answer"): paraphrases([row("x")], [bad])
+    with pytest.raises(InputError, match="neither 'text' nor 'messages'"): paraphrases([dict(id="x")], [dict(question="Which?", reference="x")])
+    assert paraphrases([dict(messages=[dict(role="user", content=None)])], [dict(question="Which?", reference="x")]) == []
     with pytest.raises(InputError, match="share 2"): paraphrases([row("x")], [dict(question="Which?", reference="x")], share=2)
 
 # ---- more than one machine

@@ -51,16 +51,37 @@ def test_every_checkpoint_is_screened(whole):
     from domain_llm.evaluate import multiple_choice
     path, out, _, said = whole
     found, cfg = json.loads((out / "evaluate" / "screen.json").read_text()), recipe.read_recipe(path)
-    steps = [f"{s} {h['step']}" for s in ("pretrain", "sft") for h in json.loads((out / s / "history.json").read_text()) if "score" in h and "share" not in h and h["step"]]
-    assert list(found["checkpoints"]) == ["base", *steps, "final"] and len(steps) == 6 and found["said"] in said
+    steps = [f"{s}, step {h['step']}" for s in ("pretrain", "sft") for h in json.loads((out / s / "history.json").read_text()) if "score" in h and "share" not in h and h["step"]]
+    assert [n for n in found["checkpoints"] if n != "final"] == ["base", *steps] and len(steps) == 6 and found["said"] in said
     assert found["said"] in (out / "report.html").read_text()
     questions = recipe._questions([str(out / "demo" / "questions" / "domain_mcq.jsonl")], 40, 0)
     for name in (steps[1], steps[-1]):
-        stage, step = name.split()
+        stage, step = name.split(", step ")
         again = multiple_choice(*recipe.load_to_measure(str(out / stage / "kept" / f"step-{step}"), cfg), questions)
         assert again["accuracy"] == found["checkpoints"][name]["accuracy"] and [int(c) for c in again["correct"]] == found["questions"][name]["correct"]
     measured = {when: json.loads((out / s / "measured.json").read_text())["domain_mcq"] for when, s in (("base", "baseline"), ("final", "evaluate"))}
-    for when, r in measured.items(): assert [int(c) for c in r["correct"]] == found["questions"][when]["correct"]
+    assert [int(c) for c in measured["base"]["correct"]] == found["questions"]["base"]["correct"]
+    assert [int(c) for c in measured["final"]["correct"]] in [r["correct"] for r in found["questions"].values()]
+
+
+def test_screening_passes_over_what_a_kill_or_a_stage_no_longer_wanted_has_left(whole, tmp_path):
+    import shutil
+    path, out, _, _ = whole
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "pretrain" / "kept" / "step-12.abc.part").mkdir()
+    cfg = {**recipe.read_recipe(path), "sft": None, "output": str(tmp_path / "out")}
+    before, after = (json.loads((out / s / "measured.json").read_text())["domain_mcq"] for s in ("baseline", "evaluate"))
+    recipe._screen(cfg, recipe.gather(cfg), tmp_path / "out" / "evaluate", before, after)
+    names = list(json.loads((tmp_path / "out" / "evaluate" / "screen.json").read_text())["checkpoints"])
+    assert len([n for n in names if n.startswith("pretrain")]) == 4 and not [n for n in names if n.startswith("sft")]
+
+
+def test_screening_needs_questions_of_two_groups(tiny_folder, tmp_path):
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(dict(question=f"What is {i} + 1?", choices=["one", "two"], answer=0, group="sums")) + "\n" for i in range(6)))
+    cfg = recipe.check(small(tiny_folder, data=dict(questions=["q.jsonl"]), output="out"), tmp_path)
+    data = recipe.gather(cfg)
+    recipe.corpus_stage(cfg, data, tmp_path / "out" / "corpus")
+    with pytest.raises(InputError, match="at least two groups"): recipe.baseline_stage(cfg, data, tmp_path / "out" / "baseline")
 
 
 def test_report_opens_without_a_network(whole):
