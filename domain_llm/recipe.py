@@ -298,7 +298,7 @@ def _screen(cfg, data, out, before, after):
         for kept in _kept(out.parent / stage):
             path = out / "screened" / f"{stage}-{kept.name}.json"
             if not path.exists(): write_json(path, multiple_choice(*load_to_measure(str(kept), cfg), questions) | dict(groups=before["groups"]))
-            found[f"{stage}, step {kept.name[5:]}"] = read_json(path)
+            found[f"{stage} step {kept.name[5:]}"] = read_json(path)
     if all(list(r["correct"]) != list(after["correct"]) for r in found.values()): found["final"] = after  # one of the steps, unless its weights were pulled back
     screened = screen(found)
     write_json(out / "screen.json", dict(screened, questions={name: dict(correct=[int(c) for c in r["correct"]]) for name, r in found.items()}, groups=before["groups"]))

@@ -80,7 +80,7 @@ def test_kinds_that_are_not_there_give_no_arm(tmp_path):
     cfg = recipe.check(dict(demo=8, mix=dict(tokens=1000)))
     docs = [dict(text="x" * 640, kind=k) for k in ("standard", "web")]
     arms, without = experiments._arms(experiments.EXPERIMENTS["select"], cfg, docs, "mark")
-    assert list(arms)[:3] == ["standard", "web", "by random"] and list(without) == ["book", "news"] and "0 tokens" in without["book"]
+    assert list(arms)[:3] == ["standard", "web", "by random"] and list(without) == ["book", "news", "near in meaning"] and "0 tokens" in without["book"]
     assert {a["select"]["tokens"] for a in arms.values()} == {80}  # a quarter of 1,280 bytes at four bytes a token
     assert arms["by dsir"]["select"]["by"] == "dsir" and arms["web"]["select"]["kinds"] == ["web"]
 

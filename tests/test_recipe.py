@@ -51,12 +51,12 @@ def test_every_checkpoint_is_screened(whole):
     from domain_llm.evaluate import multiple_choice
     path, out, _, said = whole
     found, cfg = json.loads((out / "evaluate" / "screen.json").read_text()), recipe.read_recipe(path)
-    steps = [f"{s}, step {h['step']}" for s in ("pretrain", "sft") for h in json.loads((out / s / "history.json").read_text()) if "score" in h and "share" not in h and h["step"]]
+    steps = [f"{s} step {h['step']}" for s in ("pretrain", "sft") for h in json.loads((out / s / "history.json").read_text()) if "score" in h and "share" not in h and h["step"]]
     assert [n for n in found["checkpoints"] if n != "final"] == ["base", *steps] and len(steps) == 6 and found["said"] in said
     assert found["said"] in (out / "report.html").read_text()
     questions = recipe._questions([str(out / "demo" / "questions" / "domain_mcq.jsonl")], 40, 0)
     for name in (steps[1], steps[-1]):
-        stage, step = name.split(", step ")
+        stage, step = name.split(" step ")
         again = multiple_choice(*recipe.load_to_measure(str(out / stage / "kept" / f"step-{step}"), cfg), questions)
         assert again["accuracy"] == found["checkpoints"][name]["accuracy"] and [int(c) for c in again["correct"]] == found["questions"][name]["correct"]
     measured = {when: json.loads((out / s / "measured.json").read_text())["domain_mcq"] for when, s in (("base", "baseline"), ("final", "evaluate"))}
