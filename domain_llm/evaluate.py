@@ -520,7 +520,7 @@ def screen_plot(screened:dict): # as from `screen`
                     color="C0" if name == best or name in screened["tied"] else "grey", mfc=None if name == best else "white")
     ax.axhline(100 * screened["chance"], color="grey", ls="--", lw=1)
     ax.set(xticks=range(len(rows)), xticklabels=list(rows), xlabel="checkpoint", ylabel="correct (%)")
-    if any(len(str(name)) > 5 for name in rows): ax.tick_params("x", rotation=30)
+    if any(len(str(name)) > 5 for name in rows): plt.setp(ax.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
     return fig
 
 # %% ../nbs/04_evaluate.ipynb #4f0e6a1c
