@@ -234,6 +234,7 @@ def pretrain_stage(cfg, data, out):
     "Continued pre-training on the mixture; the best checkpoint by the probes becomes the stage's model."
     from domain_llm import demo, mix
     from domain_llm.models import load
+    _same_random(cfg)
     came_from = cfg["model"]
     model, tok = load(came_from, trust_remote_code=cfg["trust_remote_code"])
     set_, parts = cfg["pretrain"], cfg["mix"]["parts"]
@@ -250,6 +251,7 @@ def sft_stage(cfg, data, out):
     "Supervised fine-tuning on the conversations."
     import random
     from domain_llm.models import load
+    _same_random(cfg, out.parent / "pretrain" if cfg["pretrain"] else None)
     came_from = str(out.parent / "pretrain" / "model") if cfg["pretrain"] else cfg["model"]
     model, tok = load(came_from, trust_remote_code=cfg["trust_remote_code"])
     set_ = {k: v for k, v in cfg["sft"].items() if k in finetuning.DEFAULTS}
@@ -284,7 +286,23 @@ def _train(cfg, set_, data, out, came_from, model, tok, rows):
         model.save_pretrained(tmp)
         tok.save_pretrained(tmp)
     write_json(out / "history.json", result["history"] + [dict(step=result["steps"], **p) for p in result["pulled_back"]])
+    _keep_random(out)
     return result
+
+def _keep_random(out):
+    "Write the state of torch's random numbers, from which the next stage goes on."
+    import torch
+    torch.save(dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all()), out / "random.pt")
+
+def _same_random(cfg, before=None): # folder of the stage before, if that trains
+    "The random numbers of an uninterrupted run: a new adapter is drawn at random, and a run that goes on must draw the same."
+    import torch
+    from transformers import set_seed
+    set_seed(cfg["seed"])
+    if before and (before / "random.pt").exists():
+        state = torch.load(before / "random.pt")
+        torch.set_rng_state(state["cpu"])
+        if state["cuda"]: torch.cuda.set_rng_state_all(state["cuda"])
 
 def final_model(cfg): # a checked recipe
     "Folder of the trained model of a run."

@@ -71,7 +71,7 @@ def test_an_experiment_on_documents_without_questions(tiny_folder, tmp_path):
     del recipe["demo"]
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     result = experiments.ablation("mix", tmp_path / "r.yaml", seeds=1, output=tmp_path / "out")
-    assert set(result["before"]) == {"domain_bpb", "general_bpb", "general_mcq"} and {c["metric"] for c in result["claims"]} == {"general_bpb"}
+    assert set(result["before"]) == {"domain_bpb", "general_bpb", "general_mcq", "general_prob"} and {c["metric"] for c in result["claims"]} == {"general_bpb"}
     assert len(result["before"]["general_bpb"]["values"]) > 1
 
 

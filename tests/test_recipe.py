@@ -146,6 +146,18 @@ def test_killed_anywhere_ends_the_same(whole, tmp_path, point):
     assert got == want
 
 
+def test_a_run_that_goes_on_between_its_stages_ends_the_same(whole, tmp_path):
+    "The new adapter of fine-tuning is drawn as it was in the run that did not stop."
+    import shutil
+    path, out, _, _ = whole
+    shutil.copytree(out, tmp_path / "out")
+    for stage in ("sft", "evaluate"): shutil.rmtree(tmp_path / "out" / stage)
+    said = start(path, tmp_path / "out").communicate(timeout=600)[0]
+    assert "[3/7] pretrain: unchanged" in said and "[4/7] sft: Supervised" in said
+    history = [json.loads((o / "sft" / "history.json").read_text()) for o in (out, tmp_path / "out")]
+    assert history[0] == history[1] and figures(out) == figures(tmp_path / "out")
+
+
 def test_corrupted_checkpoint_is_passed_over(whole, tmp_path):
     "Kill in training, damage the newest checkpoint, resume: the run says so and ends the same."
     path, out, _, _ = whole
