@@ -251,7 +251,7 @@ def sft_stage(cfg, data, out):
     "Supervised fine-tuning on the conversations."
     import random
     from domain_llm.models import load
-    _same_random(cfg, out.parent / "pretrain" if cfg["pretrain"] else None)
+    _same_random(cfg, after_training=bool(cfg["pretrain"]))
     came_from = str(out.parent / "pretrain" / "model") if cfg["pretrain"] else cfg["model"]
     model, tok = load(came_from, trust_remote_code=cfg["trust_remote_code"])
     set_ = {k: v for k, v in cfg["sft"].items() if k in finetuning.DEFAULTS}
@@ -286,23 +286,14 @@ def _train(cfg, set_, data, out, came_from, model, tok, rows):
         model.save_pretrained(tmp)
         tok.save_pretrained(tmp)
     write_json(out / "history.json", result["history"] + [dict(step=result["steps"], **p) for p in result["pulled_back"]])
-    _keep_random(out)
     return result
 
-def _keep_random(out):
-    "Write the state of torch's random numbers, from which the next stage goes on."
-    import torch
-    torch.save(dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all()), out / "random.pt")
-
-def _same_random(cfg, before=None): # folder of the stage before, if that trains
+def _same_random(cfg, after_training=False):
     "The random numbers of an uninterrupted run: a new adapter is drawn at random, and a run that goes on must draw the same."
     import torch
     from transformers import set_seed
     set_seed(cfg["seed"])
-    if before and (before / "random.pt").exists():
-        state = torch.load(before / "random.pt")
-        torch.set_rng_state(state["cpu"])
-        if state["cuda"]: torch.cuda.set_rng_state_all(state["cuda"])
+    if after_training: torch.empty((), dtype=torch.int64).random_()  # a training, which sets the same seed, draws one number for its data loader
 
 def final_model(cfg): # a checked recipe
     "Folder of the trained model of a run."
