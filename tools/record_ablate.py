@@ -4,7 +4,7 @@
 
 The runs are kept in runs/ablate/NAME, so that calling it again goes on. With --data, the recipe's paths are in that folder and NAME is the recipe's.
 """
-import argparse, tempfile, time
+import argparse, tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,13 +28,14 @@ def main():
     a.add_argument("--recipe", type=Path, default=ROOT / "nbs" / "recipes" / "ablate.yaml")
     a.add_argument("--data", help="folder that the paths of the recipe's data are relative to")
     a = a.parse_args()
-    from domain_llm.core import save_result
+    from domain_llm.core import results_dir, write_json
     from domain_llm.experiments import ablation, told
-    start = time.time()
     name = a.recipe.stem if a.data else a.experiment
     result = ablation(a.experiment, in_folder(a.recipe, a.data) if a.data else a.recipe, seeds=a.seeds, tokens=a.tokens, output=ROOT / "runs" / "ablate" / name)
     print(told(result))
-    print(save_result(f"ablate_{name}", {k: v for k, v in result.items() if k != "folder"}, started=start))
+    path = results_dir() / f"ablate_{name}.json"
+    write_json(path, {k: v for k, v in result.items() if k != "folder"})
+    print(path)
 
 
 if __name__ == "__main__": main()
