@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'pack', 'collate', 'token_losses', 'documents_apart', 'half', 'keep_memory', 'settings', 'last_checkpoint',
-           'add_lora', 'train', 'make_probe', 'pull_back']
+           'add_lora', 'train', 'excerpts', 'probe_texts', 'make_probe', 'interpolate']
 
 # %% ../nbs/06_pretrain.ipynb #6fd32cb4
 import gc, json, shutil, sys, time
@@ -301,42 +301,93 @@ def train(model, # from `load`, or with `add_lora` applied
     return dict(history=history, best_step=best or steps, steps=steps, tokens=sum(len(r["input_ids"]) for r in rows))
 
 # %% ../nbs/06_pretrain.ipynb #81f8fc82
+_EXCERPT = 800 # bytes of an excerpt at least, about 200 tokens
+
+def _bytes(text): return len(text.encode("utf-8", "ignore"))
+
+def _pieces(text, # of a document
+            size): # UTF-8 bytes in all
+    "Pieces of the text, spread over its length: one of at least 800 bytes each, the whole text when it is no longer than `size`."
+    if _bytes(text) <= size:
+        return [text]
+    n = max(1, int(size // _EXCERPT))
+    characters = int(len(text) * size / _bytes(text) / n)
+    starts = [i * (len(text) - characters) // max(n - 1, 1) for i in range(n)]
+    lines = [text.find("\n", start, start + 200) + 1 if start else 0 for start in starts]
+    return [text[line or start:(line or start) + characters] for line, start in zip(lines, starts)]
+
+def excerpts(docs:list, # document rows
+             tokens:int): # about so many in all, counted as 4 UTF-8 bytes each
+    "Document rows with as much of many documents as `tokens` allow; one document alone gives a row for each piece of it."
+    size = 4 * tokens
+    if len(docs) == 1:
+        return [{**docs[0], "id": f"{docs[0].get('id', '')}#{i}", "text": t} for i, t in enumerate(_pieces(docs[0]["text"], size))]
+    n = min(len(docs), max(1, size // _EXCERPT))
+    chosen = [docs[i * len(docs) // n] for i in range(n)]
+    taken = {}
+    for done, i in enumerate(sorted(range(n), key=lambda i: _bytes(chosen[i]["text"]))):
+        taken[i] = "\n\n".join(_pieces(chosen[i]["text"], size / (n - done)))
+        size -= _bytes(taken[i])
+    return [{**doc, "text": taken[i]} for i, doc in enumerate(chosen)]
+
+def probe_texts(docs:list, # document rows that are not trained on
+                tokens:int): # about so many in each of the two
+    "Rows to choose checkpoints by and rows to report on, from different documents (from different pieces where there is only one)."
+    if len(docs) == 1:
+        rows = excerpts(docs, 2 * tokens)
+        return rows[0::2], rows[1::2] or rows
+    return excerpts(docs[0::2], tokens), excerpts(docs[1::2], tokens)
+
+# %% ../nbs/06_pretrain.ipynb #b6b1687a
 def make_probe(tok, # the model's tokenizer
                domain:list, # held-out document rows of the domain
                general:list, # general document rows, best of another kind than the replay
                budget:float=0.1, # share by which general bits per byte may rise
-               reference:float=None, # general bits per byte of the base model; measured at the first call when not given
-               max_tokens:int=4000): # of each probe
+               reference:float=None): # general bits per byte of the base model; measured at the first call when not given
     "A function of the model that gives `{'domain_bpb', 'general_bpb', 'score'}`, for `train`."
     import torch
     from domain_llm.evaluate import bits_per_byte
     state = {"reference": reference}
     def probe(model):
         with torch.autocast(model.device.type, torch.bfloat16):  # as in training
-            d, g = (bits_per_byte(model, tok, docs, max_tokens=max_tokens)["bpb"] for docs in (domain, general))
+            d, g = (bits_per_byte(model, tok, docs)["bpb"] for docs in (domain, general))
         state["reference"] = state["reference"] or g
         excess = g / state["reference"] - 1 - budget
         return dict(domain_bpb=d, general_bpb=g, score=d if excess <= 0 else 100 + excess)
     return probe
 
 # %% ../nbs/06_pretrain.ipynb #274c799d
-def pull_back(model, # a tuned model, changed in place
-              base, # function that gives its weights before training, by name; called only if they are needed
-              probe, # as from `make_probe`
-              halvings:int=5): # of the interval in which the choice lies: 5 find it to within 1/32
-    "Move the weights towards `base` until the forgetting budget is kept; gives the measured points, the last one being the choice."
+def _toward(model, start, factor): # a tuned model, the weights that it started from by name, new share over the present one
+    "Move the weights along the line from `start`, in place."
     import torch
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.lerp(start[name].to(p), p, factor))
+
+def _scale_adapter(model, factor):
+    "Scale what a LoRA adapter adds to the weights, in place."
+    import torch
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name: p.mul_(factor)
+
+def interpolate(model, # a tuned model, with or without a LoRA adapter; changed in place
+                base, # function that gives its weights before training, by name; called only for a model without an adapter, and only if needed
+                probe, # as from `make_probe`
+                halvings:int=5): # of the interval in which the share lies: 5 find it to within 1/32
+    "Interpolate the weights towards the base model until the forgetting budget is kept; gives the measured points, the last one being the choice."
     points = [dict(share=1.0, **probe(model))]
     if points[0]["score"] < 100: return points
-    start, tuned = base(), {n: p.detach().clone() for n, p in model.named_parameters()}
-    def at(share):
-        with torch.no_grad():
-            for n, p in model.named_parameters(): p.copy_(torch.lerp(start[n].to(p), tuned[n], share))
+    start = None if hasattr(model, "peft_config") else base()
+    def keeps_budget(share):
+        factor = share / points[-1]["share"]
+        if start is None: _scale_adapter(model, factor)
+        else: _toward(model, start, factor)
         points.append(dict(share=share, **probe(model)))
         return points[-1]["score"] < 100
     low, high = 0.0, 1.0
     for _ in range(halvings):
         middle = (low + high) / 2
-        low, high = (middle, high) if at(middle) else (low, middle)
-    if points[-1]["share"] != low: at(low)
+        low, high = (middle, high) if keeps_budget(middle) else (low, middle)
+    if points[-1]["share"] != low: keeps_budget(low)
     return points

@@ -1,0 +1,73 @@
+"""Training speed on an idle machine and beside a busy process, for several spin counts of OpenMP; recorded in nbs/results/bench_threads.json.
+
+    python tools/bench_threads.py [--tokens 4000] [--rounds 2]
+
+OpenMP's threads wait for each other at the end of every parallel loop. A thread that spins while it waits keeps its core from the thread it waits for
+when another program takes a core. `GOMP_SPINCOUNT` says how long a thread spins before it sleeps.
+"""
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+SETTINGS = {
+    "libgomp's default": {"GOMP_SPINCOUNT": ""},
+    "0": {"GOMP_SPINCOUNT": "0"},
+    "1,000": {"GOMP_SPINCOUNT": "1000"},
+    "10,000": {"GOMP_SPINCOUNT": "10000"},
+    "30,000": {"GOMP_SPINCOUNT": "30000"},
+    "100,000": {"GOMP_SPINCOUNT": "100000"},
+}
+BUSY = "while True: pass"
+
+
+def measure(tokens):
+    "Tokens per second of full tuning on the demo's documents, after a short warm-up; printed."
+    import tempfile
+
+    from domain_llm import demo, mix, pretrain
+    from domain_llm.models import load
+    model, tok = load()
+    rows = mix.tokenize(demo.make()["documents"], tok, "domain", 256)
+    for size in (1000, tokens):
+        some = []
+        while sum(len(r["input_ids"]) for r in some) < size:
+            some.append(rows[len(some)])
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.time()
+            pretrain.train(model, some, folder, {**pretrain.DEFAULTS, "tokens_per_step": 256, "length": 256, "learning_rate": 1e-5, "probes": 1})
+            seconds = time.time() - start
+    print(sum(len(r["input_ids"]) for r in some) / seconds)
+
+
+def run(settings, tokens, busy):
+    "Tokens per second in a process of its own, beside a busy one if asked for."
+    env = {k: v for k, v in {**os.environ, **settings}.items() if v}
+    if not settings["GOMP_SPINCOUNT"]: env["DOMAIN_LLM_SPINCOUNT"] = "0"
+    other = subprocess.Popen([sys.executable, "-c", BUSY]) if busy else None
+    try:
+        done = subprocess.run([sys.executable, __file__, "--measure", str(tokens)], env=env, capture_output=True, text=True, check=True)
+        return float(done.stdout.split()[-1])
+    finally:
+        if other: other.kill()
+
+
+def main():
+    a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    a.add_argument("--tokens", type=int, default=4000)
+    a.add_argument("--rounds", type=int, default=2)
+    a.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    a = a.parse_args()
+    if a.measure: return measure(a.measure)
+    from domain_llm.core import save_result
+    start, speed = time.time(), {name: {"idle": [], "busy": []} for name in SETTINGS}
+    for _ in range(a.rounds):
+        for name, settings in SETTINGS.items():
+            for when in ("idle", "busy"):
+                speed[name][when].append(round(run(settings, a.tokens, when == "busy"), 1))
+                print(name, when, speed[name][when][-1], flush=True)
+    print(save_result("bench_threads", dict(tokens=a.tokens, tokens_per_second=speed), started=start))
+
+
+if __name__ == "__main__": main()
