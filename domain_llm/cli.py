@@ -16,6 +16,7 @@ def _parser():
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
   domain-llm run                        the demo: a made-up industry, about ten minutes on a laptop CPU
   domain-llm init manuals/              write recipe.yaml for your own folder of documents
+  domain-llm check recipe.yaml          read everything and say what would go wrong, before any training
   domain-llm run recipe.yaml            train on it; the same command goes on after an interruption
   domain-llm ablate mix                 does replay of general text help? an experiment with seeds and a verdict
   domain-llm chat runs/demo             talk to the result
@@ -27,13 +28,30 @@ def _parser():
 
     c = add("run", "run a recipe from documents to report", """
 
-Stages: corpus (read, clean, deduplicate, keep exam questions out), baseline (measure the base model),
+Stages: corpus (clean, deduplicate, keep exam questions out), baseline (measure the base model),
 pretrain (continued pre-training on the mixture), sft (fine-tuning on conversations), evaluate (measure again),
-quantize (GGUF files, checked), report (report.html, metrics.json, model card).
-Each stage leaves a folder with a manifest. A stage whose settings and inputs have not changed is skipped, and a
-run that was cut goes on from its last checkpoint: just run the same command again.""")
+screen (score every checkpoint, if asked for), answers (to the sample questions), quantize (GGUF files, checked),
+report (report.html, metrics.json, model card).
+Before them 'domain-llm check' runs. Each stage leaves a folder with a manifest. A stage whose settings and inputs
+have not changed is skipped, and a run that was cut goes on from its last checkpoint: just run the same command again.
+Results of other settings are set aside and come back with these settings; 'domain-llm tidy' removes them.
+A run never changes a file that it did not make.""")
     c.add_argument("recipe", nargs="?", help="YAML file ('domain-llm init' writes one); without it the demo runs")
     c.add_argument("--output", metavar="DIR", help="folder of the run, instead of the recipe's")
+
+    c = add("check", "read a recipe's data and say what would go wrong, before any training", """
+
+Reads every file once (a run does not read them again), renders every conversation in the model's chat template, and
+compares disk, memory and installed packages with what the run needs. Then it measures whether the base model knows
+the documents already. Exit status 0 if the run can start, 2 if not.""")
+    c.add_argument("recipe", nargs="?", help="YAML file ('domain-llm init' writes one); without it the demo's")
+    c.add_argument("--output", metavar="DIR", help="folder of the run, instead of the recipe's")
+
+    c = add("tidy", "remove the results of a run that are not part of it any more", """
+
+Lists what was set aside when settings or inputs changed, asks, and removes it. The present results stay.""")
+    c.add_argument("run", help="folder of a run")
+    c.add_argument("--yes", action="store_true", help="do not ask")
 
     c = add("init", "write a commented recipe for a folder of documents")
     c.add_argument("documents", help="folder with PDF, HTML, Markdown, DOCX, TXT or JSONL files")
@@ -46,6 +64,7 @@ run that was cut goes on from its last checkpoint: just run the same command aga
     c.add_argument("--near-duplicate", type=float, default=0.7, metavar="SHARE", help="share covered by other documents from which one is dropped (%(default)s)")
     c.add_argument("--min-chars", type=int, default=200, metavar="N", help="shorter documents are dropped (%(default)s)")
     c.add_argument("--out", metavar="FILE", help="write the kept documents here, as JSON Lines")
+    c.add_argument("--force", action="store_true", help="overwrite the file if it exists")
 
     c = add("eval", "measure a model: multiple choice and bits per byte", "\n\nWithout --questions the common-knowledge questions of the package are used.")
     c.add_argument("model", help="hub id, model folder, or folder of a run")
@@ -54,6 +73,7 @@ run that was cut goes on from its last checkpoint: just run the same command aga
     c.add_argument("--versus", metavar="MODEL", help="a second model on the same questions, with a paired comparison")
     c.add_argument("--limit", type=int, default=1000, metavar="N", help="at most so many questions (%(default)s)")
     c.add_argument("--json", metavar="FILE", help="write all figures here, per question")
+    c.add_argument("--force", action="store_true", help="overwrite the file if it exists")
     c.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
     from domain_llm.experiments import EXPERIMENTS
@@ -89,13 +109,29 @@ def _gguf(name):
 
 def _model(name):
     "The model that `name` means: the trained model of a run's folder, or `name` itself."
-    for stage in ("sft", "pretrain"):
-        if (Path(name) / stage / "model" / "config.json").exists(): return str(Path(name) / stage / "model")
-    return name
+    from domain_llm.recipe import final_model
+    return str(final_model(name) or name)
 
 def _run(a):
     from domain_llm.recipe import run
     run(a.recipe, a.output)
+
+def _check(a):
+    from domain_llm.recipe import checked
+    checked(a.recipe, a.output)
+
+def _tidy(a):
+    from domain_llm import keep
+    from domain_llm.core import InputError
+    if not (Path(a.run) / keep.PRIVATE).is_dir(): raise InputError(f"{a.run} is not the folder of a run. Name the folder that 'domain-llm run' wrote.")
+    with keep.alone(a.run):
+        found = keep.spare(a.run)
+        if not found: return print("nothing to remove: every result is part of the present run")
+        for r in found: print(f"{r['stage']:12} {r['fingerprint']}  {r['bytes'] / 1e6:10,.1f} MB  {r['files']} files{'' if r['finished'] else ', not finished'}")
+        total = f"{sum(r['bytes'] for r in found) / 1e6:,.1f} MB"
+        if not a.yes and input(f"remove these {len(found)} results ({total})? [y/N] ").strip().lower() not in ("y", "yes"): return print("nothing was removed")
+        left = [p for r in found for p in keep.remove(r["folder"])]
+    print(f"{total} removed" + "".join(f"\nnot made by the run, so it stays: {p}" for p in left))
 
 def _init(a):
     from domain_llm.recipe import init
@@ -103,8 +139,9 @@ def _init(a):
 
 def _corpus(a):
     from domain_llm import corpus
-    from domain_llm.core import InputError, write_jsonl
+    from domain_llm.core import InputError, refuse_existing, write_jsonl
     from domain_llm.evaluate import read_questions
+    if a.out and not a.force: refuse_existing(a.out, "Choose another name, remove it, or say --force.")
     if not 0 < a.near_duplicate < 1: raise InputError(f"--near-duplicate is {a.near_duplicate}, but must be a share between 0 and 1.")
     made = corpus.build(a.documents, [q for f in a.questions for q in read_questions(f)], threshold=a.near_duplicate, min_chars=a.min_chars)
     print(corpus.report_text(made["report"]))
@@ -115,23 +152,30 @@ def _corpus(a):
 
 def _eval(a):
     from domain_llm import corpus, demo, evaluate
-    from domain_llm.core import InputError, write_json
-    from domain_llm.models import load
+    from domain_llm.core import InputError, refuse_existing, write_json
     if a.limit < 1: raise InputError(f"--limit is {a.limit}, but must be at least 1.")
+    if a.json and not a.force: refuse_existing(a.json, "Choose another name, remove it, or say --force.")
     questions = (evaluate.read_questions(a.questions) if a.questions else list(demo.common()))[:a.limit]
     docs = list(corpus.read(a.text)[0]) if a.text else list(demo.python_docs())
-    found = {}
-    for name in [a.model] + ([a.versus] if a.versus else []):
-        model, tok = load(_model(name), trust_remote_code=a.trust_remote_code)
-        m, b = evaluate.multiple_choice(model, tok, questions), evaluate.bits_per_byte(model, tok, docs, max_tokens=8000)
-        print(f"{name}\n  multiple choice  {m['accuracy']:.1%}  (95% interval {m['low']:.1%} to {m['high']:.1%}, {m['n']} questions, chance {m['chance']:.1%})"
-              f"\n  bits per byte    {b['bpb']:.3f}  ({b['low']:.3f} to {b['high']:.3f}, {b['bytes']:,} bytes)")
-        found[name] = dict(multiple_choice=m, bits_per_byte=b)
+    found = {name: _measured(name, questions, docs, a.trust_remote_code) for name in dict.fromkeys([a.model, a.versus or a.model])}
     if a.versus:
-        change = evaluate.paired(found[a.model]["multiple_choice"]["correct"], found[a.versus]["multiple_choice"]["correct"], [q.get("group", i) for i, q in enumerate(questions)])
-        print(f"{a.versus} minus {a.model}: {change['diff']:+.1%} ({change['low']:+.1%} to {change['high']:+.1%}), McNemar p = {change['p']:.2g}")
+        change = evaluate.paired(*(found[m]["multiple_choice"]["correct"] for m in (a.model, a.versus)), [q.get("group", i) for i, q in enumerate(questions)])
+        spread = f" (95% interval {change['low']:+.1%} to {change['high']:+.1%})" if change["low"] is not None else " (one group of questions: no interval)"
+        print(f"{a.versus} minus {a.model}: {change['diff']:+.1%}{spread}")
         found["change"] = change
     if a.json: write_json(a.json, found)
+
+def _measured(name, questions, docs, trust_remote_code):
+    "Multiple choice and bits per byte of one model, which is let go again."
+    from domain_llm import evaluate
+    from domain_llm.models import load
+    from domain_llm.pretrain import excerpts
+    model, tok = load(_model(name), trust_remote_code=trust_remote_code)
+    m, b = evaluate.multiple_choice(model, tok, questions), evaluate.bits_per_byte(model, tok, excerpts(docs, 8000))
+    spread = f"{b['low']:.3f} to {b['high']:.3f}, " if b["low"] is not None else ""
+    print(f"{name}\n  multiple choice  {m['accuracy']:.1%}  (95% interval {m['low']:.1%} to {m['high']:.1%}, {m['n']} questions, chance {m['chance']:.1%})"
+          f"\n  bits per byte    {b['bpb']:.3f}  ({spread}{b['bytes']:,} bytes)")
+    return dict(multiple_choice=m, bits_per_byte=b)
 
 def _ablate(a):
     from domain_llm import experiments
@@ -153,7 +197,7 @@ def main(argv=None): # the words after "domain-llm"; the process's own when not 
     a = _parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from domain_llm.core import InputError
-    try: return {"run": _run, "init": _init, "corpus": _corpus, "eval": _eval, "ablate": _ablate, "chat": _chat, "serve": _serve}[a.command](a) or 0
+    try: return {"run": _run, "check": _check, "tidy": _tidy, "init": _init, "corpus": _corpus, "eval": _eval, "ablate": _ablate, "chat": _chat, "serve": _serve}[a.command](a) or 0
     except InputError as e: print(f"domain-llm: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt: print("\ninterrupted; the same command goes on from here", file=sys.stderr); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 141

@@ -36,6 +36,8 @@ def claim(out): # folder of a run
     "Make the folder of a run with its private part; gives the private folder. Raises InputError when it cannot be made or belongs to somebody else."
     out = Path(out)
     private = out / PRIVATE
+    if os.path.lexists(private) and not private.is_dir():
+        raise _not_ours(private)
     try:
         private.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'KINDS', 'ROLES', 'REPORTS', 'NAMES', 'check', 'read_recipe', 'read_inputs', 'corpus_stage', 'figures',
-           'load_to_measure', 'baseline_stage', 'pretrain_stage', 'sft_stage', 'values', 'evaluate_stage',
+           'exam', 'load_to_measure', 'baseline_stage', 'pretrain_stage', 'sft_stage', 'values', 'evaluate_stage',
            'screen_stage', 'answers_stage', 'quantize_stage', 'report_stage', 'Stage', 'stages', 'only', 'identity',
-           'marks', 'opened', 'prepare', 'run_stage', 'run', 'final_model', 'make_room', 'init']
+           'marks', 'opened', 'prepare', 'preflight_of', 'checked', 'run_stage', 'run', 'final_model', 'make_room',
+           'init']
 
 # %% ../nbs/17_recipe.ipynb #e48c3020
 import math, os, random, shutil, time
@@ -241,11 +242,11 @@ def figures(model, tok, # as `models.load` gives them
     found = {f"{name}_bpb": bits_per_byte(model, tok, rows, per_doc=True) for name, rows in texts.items()}
     for name, rows in questions.items():
         if not rows: continue
-        exam = {**multiple_choice(model, tok, rows), "groups": [str(q.get("group", i)) for i, q in enumerate(rows)]}
-        found[f"{name}_mcq"] = {**exam, "by_part": by_part(exam, [q.get("part") for q in rows])}
+        scored = {**multiple_choice(model, tok, rows), "groups": [str(q.get("group", i)) for i, q in enumerate(rows)]}
+        found[f"{name}_mcq"] = {**scored, "by_part": by_part(scored, [q.get("part") for q in rows])}
     return found
 
-def _exam(cfg, read):
+def exam(cfg, read):
     "The questions of a measurement: the domain's own, and common knowledge, each of which is a group by itself since a topic is no shared fact."
     common = _questions(read["general_questions"], cfg)
     return dict(domain=_questions(read["questions"], cfg), general=[{**q, "group": str(i)} for i, q in enumerate(common)])
@@ -253,7 +254,7 @@ def _exam(cfg, read):
 def _measure(cfg, read, model):
     "`figures` of a model by name, on the texts that no choice has seen."
     _, reported = _texts(cfg, read, 2 * cfg["evaluate"]["probe_tokens"])
-    return figures(*load_to_measure(model, cfg), reported, _exam(cfg, read))
+    return figures(*load_to_measure(model, cfg), reported, exam(cfg, read))
 
 def _headline(found):
     "The figures of a measurement that go into the manifest, flat."
@@ -547,6 +548,21 @@ def prepare(cfg, out):
     said = ", ".join(f"{n:,} {role.replace('_', ' ')}" for role, n in found.items() if n)
     print(f"read: {said}", flush=True)
     return cfg
+
+def preflight_of(cfg, out):
+    "What a check of the recipe and its data finds, as from `preflight`; nothing has been trained yet."
+    from domain_llm import preflight
+    return preflight.findings(cfg, {role: out / "inputs" / role / "rows.jsonl" for role in ROLES}, shutil.disk_usage(out).free)
+
+def checked(path=None, output=None): # as in `run`
+    "Read the data of a recipe, print what would go wrong in a run, and raise InputError if it cannot start."
+    from domain_llm import preflight
+    cfg, out = opened(path, output)
+    with keep.alone(out):
+        cfg = prepare(cfg, out)
+        found = preflight_of(cfg, out)
+        print(preflight.report(found))
+        preflight.refuse(found)
 
 def run_stage(cfg, out, name, stage, model):
     "Do one stage unless its result is there; gives whether it was done and its headline figures."
