@@ -7,6 +7,7 @@ __all__ = ['DEFAULTS', 'check_messages', 'read_conversations', 'answer_spans', '
 
 # %% ../nbs/10_sft.ipynb #3633f3cc
 import re
+from itertools import pairwise
 from pathlib import Path
 from .core import InputError, read_json, read_jsonl
 from .pretrain import settings, train
@@ -109,12 +110,20 @@ def _last_only(messages, tok, source, where):
     if not text.startswith(before): raise InputError(f"{where}: the chat template writes an answer differently from what it asks for (rendering is not a prefix): repair the model's chat template.")
     return _row(messages, text, [(len(before), len(text))], [messages], tok, source, where)
 
+def _tokens(text, spans, human, tok):
+    "The token ids of a text, each with the characters `(id, start, end)` that it stands for."
+    if tok.is_fast:
+        enc = tok(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [(i, a, b) for i, (a, b) in zip(enc.input_ids, enc.offset_mapping)]
+    borders = sorted({0, len(text), *(at for span in spans + human for at in span)})  # a tokenizer in Python knows no places: cut the text where labels begin and end
+    return [(i, a, b) for a, b in pairwise(borders) for i in tok(text[a:b], add_special_tokens=False, split_special_tokens=(a, b) in human).input_ids]
+
 def _row(messages, text, spans, upto, tok, source, where): # `upto`: the turns up to each answer in `spans`
     "The token row of a rendered conversation with labels on the `spans` of its text."
-    enc, controls, human = tok(text, add_special_tokens=False, return_offsets_mapping=True), _control_tokens(tok), _control_text(messages, text, tok, where)
+    controls, human = _control_tokens(tok), _control_text(messages, text, tok, where)
     ends = {end: _end_token(turns, tok, where) for (_, end), turns in zip(spans, upto)}
     ids, labels = [], []
-    for i, (a, b) in zip(enc.input_ids, enc.offset_mapping):
+    for i, a, b in _tokens(text, spans, human, tok):
         inside = b > a and any(s <= a < e for s, e in spans)
         ended = next((ends.pop(e) for e in list(ends) if a >= e), None)  # the first token after an answer
         own = _as_text(text[a:b], tok) if i in controls and any(s <= a < e for s, e in human) else [i]

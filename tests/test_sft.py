@@ -169,3 +169,28 @@ def test_thoughts_that_the_template_drops_are_no_fault(tok):
     thinker = with_template(tok, CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1].strip() }}"))
     talk = [ASK[0], dict(role="assistant", content="<think>\nTwo and two.\n</think>\n\n4")]
     assert sft.render_faults([dict(messages=talk)], thinker) == []
+
+
+def test_a_tokenizer_without_offsets_gives_the_same_mask():
+    "Baichuan's and ChatGLM's own tokenizers are written in Python and know no places. Here one token is one character."
+    from transformers import PreTrainedTokenizer
+
+    class Characters(PreTrainedTokenizer):
+        def __init__(self, **kw):
+            self.characters = sorted(set("".join(CONVERSATIONS["mistral"]) + "<|s/What do and mean?unk"))
+            super().__init__(**kw)
+        vocab_size = property(lambda self: len(self.characters))
+        def get_vocab(self): return {c: i for i, c in enumerate(self.characters)} | self.added_tokens_encoder
+        def _tokenize(self, text, **kw): return list(text)
+        def _convert_token_to_id(self, c): return self.characters.index(c)
+        def _convert_id_to_token(self, i): return self.characters[i]
+
+    slow = Characters(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    slow.chat_template = family("mistral").chat_template
+    assert not slow.is_fast
+    row, = sft.encode(ASK, slow)
+    text = lambda ids: "".join(slow.convert_ids_to_tokens(ids))
+    assert text(row["input_ids"]) == CONVERSATIONS["mistral"][0].replace("[[", "").replace("]]", "")
+    assert text([l for l in row["labels"] if l != -100]) == CONVERSATIONS["mistral"][1]
+    asked, = sft.encode([dict(role="user", content="</s><s> 3?"), ASK[1]], slow)
+    assert text(asked["input_ids"]) == "<s>[INST] </s><s> 3? [/INST]4</s>" and [asked["input_ids"].count(i) for i in (slow.bos_token_id, slow.eos_token_id)] == [1, 1]
