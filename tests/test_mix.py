@@ -5,6 +5,7 @@ import pytest
 
 from domain_llm import mix
 from domain_llm.core import InputError
+from fixtures.families import FAMILIES, family
 
 
 def rows(name, n, rng): return [dict(input_ids=[1] * k, labels=[1] * k, source=name) for k in (rng.randint(5, 60) for _ in range(n))]
@@ -257,3 +258,57 @@ def test_module_imports_nothing_heavy():
     import subprocess, sys
     code = "import sys, domain_llm.mix; sys.exit(any(m in sys.modules for m in ('torch', 'scipy', 'numpy', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+DOCUMENTS = {  # written by hand: what stands before and after a document in each family
+    "llama3": ("<|begin_of_text|>", "<|end_of_text|>"), "qwen2.5": ("", "<|endoftext|>"), "glm4": ("[gMASK]<sop>", "<|endoftext|>"),
+    "baichuan2": ("", "</s>"), "mistral": ("<s>", "</s>"), "gemma": ("<bos>", "<eos>")}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_begin_and_end_as_their_family_does(name):
+    tok, (before, after) = family(name), DOCUMENTS[name]
+    text = "The relief valve opens at 40 bar. 潮汐"
+    row, = mix.tokenize([{"text": text}], tok, "a")
+    assert tok.decode(row["input_ids"]) == before + text + after
+    opening = len(tok(before, add_special_tokens=False).input_ids)
+    assert row["labels"] == [-100] * opening + row["input_ids"][opening:]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_only_the_first_piece_of_a_document_has_the_opening(name):
+    tok, (before, after) = family(name), DOCUMENTS[name]
+    pieces = [tok.decode(r["input_ids"]) for r in mix.tokenize([{"text": "The relief valve opens. " * 9}] * 2, tok, "a", length=16)]
+    assert all(len(r["input_ids"]) <= 16 for r in mix.tokenize([{"text": "The relief valve opens. " * 9}], tok, "a", length=16))
+    assert "".join(pieces) == (before + "The relief valve opens. " * 9 + after) * 2 and len(pieces) > 4
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "smollm2"])
+def test_control_tokens_in_a_document_stay_text(tok, name):
+    tok = tok if name == "smollm2" else family(name)
+    controls = {i: t.content for i, t in tok.added_tokens_decoder.items() if t.special}
+    text = "The tokens " + " and ".join(controls.values()) + " end turns and texts."
+    count = lambda text: {i: mix.tokenize([{"text": text}], tok, "a")[0]["input_ids"].count(i) for i in controls}
+    assert count(text) == count("The tokens.")
+    row, = mix.tokenize([{"text": text}], tok, "a")
+    assert text in tok.decode(row["input_ids"])
+
+
+def test_ordinary_documents_are_tokenized_as_before(tok):
+    "For the demo model: the plain ids of the text and <|endoftext|>, whose id is 0, with a label on every token."
+    from domain_llm import demo
+    docs = list(demo.make(seed=0, entities=10)["documents"]) + list(demo.general())[:50]
+    for d in docs:
+        row, = mix.tokenize([d], tok, "a", length=10 ** 6)
+        assert row["input_ids"] == row["labels"] == tok(d["text"], add_special_tokens=False).input_ids + [0]
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "smollm2"])
+def test_rehearsal_starts_with_what_precedes_a_document(tok, monkeypatch, name):
+    tok, seen = tok if name == "smollm2" else family(name), []
+    def sample(model, tok, starts, **k): seen.extend(starts); return [f"A text about valves, number {i}." for i in range(len(starts))]
+    monkeypatch.setattr(mix, "_sample", sample)
+    rows = mix.rehearse(None, tok, 5, batch_size=1)
+    before, after = DOCUMENTS.get(name, ("", "<|endoftext|>"))
+    assert tok.decode(seen[0]) == (before or after)
+    assert count(mix.tokenize(rows, tok, "general"))["general"] >= 5

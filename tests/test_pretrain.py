@@ -1,6 +1,7 @@
 import json, random
 
 import pytest, torch
+from transformers import TrainingArguments
 
 from domain_llm import mix, pretrain
 from domain_llm.core import InputError
@@ -174,3 +175,96 @@ def test_the_rate_follows_its_schedule(tok, tiny_folder, tmp_path, schedule, las
     cfg = {**CFG, "schedule": schedule, "warmup": 0, "learning_rate": 1e-3, "length": 32, "tokens_per_step": 32}
     rates = [h["learning_rate"] for h in pretrain.train(load(str(tiny_folder))[0], rows_of(tok, 40), tmp_path, cfg)["history"] if "learning_rate" in h]
     assert len(rates) > 5 and rates[0] == pytest.approx(1e-3, rel=0.02) and rates[-1] <= last * 1e-3 and (schedule == "cosine" or min(rates) == max(rates))
+
+
+def weights_of(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_loss_of_a_model_whose_forward_gives_all_logits(tok):
+    "Code that comes with a model, as ChatGLM's and Baichuan's, has no argument logits_to_keep."
+    from transformers import LlamaForCausalLM
+    from domain_llm.models import tiny
+
+    class Remote(LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, use_cache=None, return_dict=None, output_attentions=None, output_hidden_states=None):
+            return super().forward(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+
+    ours, theirs = tiny(tok), Remote(tiny(tok).config).eval()
+    theirs.load_state_dict(ours.state_dict())
+    theirs.config._attn_implementation = "eager"
+    batch = pretrain.collate([pretrain.pack(rows_of(tok), 64)[0][0]])
+    batch["labels"][0, 3:6] = -100
+    with torch.no_grad(): want, got, adapted = (pretrain.token_losses(m, batch) for m in (ours, theirs, pretrain.add_lora(theirs, 2, 2)))
+    for losses, at in (got, adapted): assert torch.equal(at, want[1]) and torch.allclose(losses, want[0], atol=1e-4)
+
+
+def test_rows_without_labels_are_left_out_and_counted(tok, tiny_folder, tmp_path):
+    from domain_llm.models import load
+    rows = rows_of(tok, 12)
+    mute = [dict(input_ids=r["input_ids"], labels=[-100] * len(r["labels"]), source="domain") for r in rows_of(tok, 3)]
+    mixed = mute[:1] + rows[:5] + mute[1:] + rows[5:]
+    (a, _), (b, _) = load(str(tiny_folder)), load(str(tiny_folder))
+    alone, among = pretrain.train(a, rows, tmp_path / "a", CFG), pretrain.train(b, mixed, tmp_path / "b", CFG)
+    assert torch.equal(weights_of(a), weights_of(b))
+    assert (alone["without_labels"], among["without_labels"]) == (0, len(mute)) and among["tokens"] == alone["tokens"] and among["steps"] == alone["steps"]
+
+
+def test_a_packed_row_without_labels_is_no_step(tok, tiny_folder, tmp_path):
+    "Documents of one token have no label once packed; steps of nothing but them had a loss of 0/0."
+    from domain_llm.models import load
+    rows = [dict(input_ids=list(range(5, 37)), labels=list(range(5, 37)), source="x")] + [dict(input_ids=[9], labels=[9], source="x")] * 3
+    result = pretrain.train(load(str(tiny_folder))[0], rows, tmp_path / "a", {**CFG, "tokens_per_step": 32})
+    assert result["steps"] == 1 and all(h["loss"] == h["loss"] for h in result["history"] if "loss" in h)
+    with pytest.raises(InputError, match="none of the 3 rows has a label"): pretrain.train(load(str(tiny_folder))[0], rows[1:], tmp_path / "b", CFG)
+
+
+class TwoGpus(TrainingArguments):
+    "The arguments of a Trainer on a machine with two GPUs."
+    def __post_init__(self):
+        super().__post_init__()
+        self.device
+        self._n_gpu = 2
+
+
+def test_two_visible_gpus_are_no_reason_to_wrap_the_model(tok, tiny_folder, tmp_path, monkeypatch, capsys):
+    "The Trainer would wrap the model in DataParallel and fail at the first step."
+    import transformers
+    from domain_llm.models import load
+
+    monkeypatch.setattr(transformers, "TrainingArguments", TwoGpus)
+    result = pretrain.train(load(str(tiny_folder))[0], rows_of(tok, 8), tmp_path, CFG)
+    assert result["steps"] > 0 and "2 GPUs are visible" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_device_without_bfloat16_trains_in_float32(tok, tiny_folder, tmp_path, monkeypatch, adapters):
+    from domain_llm.models import load
+    monkeypatch.setattr(pretrain, "half_dtype", lambda device: torch.float32, raising=False)
+    seen, inner = set(), pretrain.token_losses
+    def losses(model, batch):
+        seen.update([*(p.dtype for p in model.parameters()), torch.is_autocast_enabled("cpu")])
+        return inner(model, batch)
+    monkeypatch.setattr(pretrain, "token_losses", losses)
+    model, _ = load(str(tiny_folder))
+    pretrain.train(pretrain.add_lora(model, 2, 2) if adapters else model, rows_of(tok, 8), tmp_path, CFG)
+    assert seen == {torch.float32, False}
+
+
+@pytest.mark.parametrize("e", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")], ids=lambda e: type(e).__name__)
+def test_memory_that_runs_out_in_training_gives_advice(tok, tiny_folder, tmp_path, monkeypatch, e):
+    from domain_llm.models import load
+    def fails(*a): raise e
+    with pytest.raises(InputError, match="memory ran out while training.*length"): pretrain.train(load(str(tiny_folder))[0], rows_of(tok, 8), tmp_path / "a", CFG, fails)
+    monkeypatch.setattr(pretrain, "token_losses", fails)
+    with pytest.raises(InputError, match="memory ran out while training.*length"): pretrain.train(load(str(tiny_folder))[0], rows_of(tok, 8), tmp_path / "b", CFG)
+    assert load(str(tiny_folder))[0].dtype == torch.float32
+
+
+def test_the_labels_of_another_end_token_are_trained(tok, tiny_model):
+    "A label may differ from the token that stands there: Baichuan 2 learns its end token at the place of the next turn's opening."
+    model, _ = tiny_model
+    row = dict(input_ids=[5, 6, 7, 8], labels=[-100, 6, 2, -100], source="x")
+    with torch.no_grad():
+        losses, at = pretrain.token_losses(model, pretrain.collate([pretrain.pack([row], 8)[0][0]]))
+        want = model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0].log_softmax(-1)
+    assert at.tolist() == [1, 2] and torch.allclose(losses, -torch.stack([want[0, 6], want[1, 2]]), atol=1e-4)
