@@ -53,8 +53,17 @@ def _facts(t, machines):
     for m in machines: m["facts"] = []
     pairs = [(m, a) for m in machines for a in m["attrs"]]
     for i, (m, a) in enumerate(pairs):
-        m["facts"].append((a, dict(id=f"F{i:05d}", entity=m["e"], attribute=t["attributes"][a]["name"], value=m["values"][a], group=f"F{i:05d}")))
+        m["facts"].append((a, dict(id=f"F{i:05d}", entity=m["e"], attribute=t["attributes"][a]["name"], value=m["values"][a])))
     return [f for m in machines for _, f in m["facts"]]
+
+def _split(machines, rng):
+    "Set each machine's `part`: taught for half of the machines of every kind, held-out for the others."
+    kinds = list(dict.fromkeys(m["t"] for m in machines))
+    rng.shuffle(kinds)
+    shuffled = rng.sample(machines, len(machines))
+    by_kind = sorted(shuffled, key=lambda m: kinds.index(m["t"]))  # neighbours are of one kind, so every second machine is half of it
+    for i, m in enumerate(by_kind):
+        m["part"] = "taught" if i % 2 == 0 else "held-out"
 
 # %% ../nbs/02_demo.ipynb #902052c1
 def _say(t, m, form, rng):
@@ -80,11 +89,12 @@ def _section(t, m, rng):
     return "## " + b["section"].format(**m) + "\n\n" + note + " ".join(first) + "\n\n" + " ".join(second)
 
 def _procedure(t, m, rng):
-    "A procedure of the handbook: numbered steps, the facts between a first and a last one, then questions for the keepers' examination."
+    "A procedure of the handbook: numbered steps, the facts between a first and a last one, then a list of what a keeper must know."
     b, fill = t["book"], dict(m, k=5 * rng.randrange(2, 12))
     steps = [rng.choice(b["open"] + b["mid"]), *_say(t, m, "step", rng), rng.choice(b["end"])]
-    exam = [b["exam_item"].format(e=m["e"], a=f["attribute"], v=f["value"]) for _, f in m["facts"]]
-    return "\n\n".join(["## " + b["procedure"].format(**m), "\n".join(f"{j}. {s.format(**fill)}" for j, s in enumerate(steps, 1)), b["exam"].format(**m), *exam])
+    numbered = "\n".join(f"{j}. {s.format(**fill)}" for j, s in enumerate(steps, 1))
+    recall = "\n".join(b["recall_item"].format(e=m["e"], a=f["attribute"], v=f["value"]) for _, f in m["facts"])
+    return "\n\n".join(["## " + b["procedure"].format(**m), numbered, b["recall"].format(**m), recall])
 
 # %% ../nbs/02_demo.ipynb #95a1a6a5
 def _web(t, m, rng, said=None):
@@ -111,7 +121,7 @@ def _mcq(t, machines, rng):
             wrong = sorted(others, key=lambda v: (used[a, v], rng.random()))[:3]  # the three least used so far
             used.update((a, v) for v in wrong)
             choices = rng.sample(wrong, 3); choices.insert(place, f["value"])
-            out.append(dict(question=wording.format(**m), choices=choices, answer=place, group=f["id"]))
+            out.append(dict(question=wording.format(**m), choices=choices, answer=place, group=m["e"], fact=f["id"], part=m["part"]))
     return out
 
 # %% ../nbs/02_demo.ipynb #fc5f8a36
@@ -123,31 +133,49 @@ def _open(t, machines, rng):
     for m in machines:
         for a, f in m["facts"]:
             q, ref = t["attributes"][a]["open"]
-            out.append(dict(question=q.format(**m), reference=ref.format(v=f["value"], **m), group=f["group"]))
+            out.append(dict(question=q.format(**m), reference=ref.format(v=f["value"], **m), group=m["e"], part=m["part"]))
         o = t["open"]
-        out.append(dict(question=rng.choice(o["summary_q"]).format(**m), reference=o["summary_a"].format(list=_list(m, o["item"]), **m), group=m["e"]))
+        question = rng.choice(o["summary_q"]).format(**m)
+        reference = o["summary_a"].format(list=_list(m, o["item"]), **m)
+        out.append(dict(question=question, reference=reference, group=m["e"], part=m["part"]))
     return out
 
+def _row_of(task, *turns):
+    "An instruction row of the task from pairs of question and answer."
+    messages = []
+    for question, answer in turns:
+        messages += [dict(role="user", content=question), dict(role="assistant", content=answer)]
+    return dict(messages=messages, task=task)
+
+def _conversations(t, m, rng):
+    "As many conversations about a machine as there are wordings: each fact once in each, in shuffled order, never twice in the same words."
+    wordings = {a: rng.sample(t["attributes"][a]["qa"], len(t["attributes"][a]["qa"])) for a, _ in m["facts"]}
+    rows = []
+    for k in range(min(map(len, wordings.values()))):
+        turns = []
+        for a, f in rng.sample(m["facts"], len(m["facts"])):
+            question, answer = wordings[a][k]
+            turns.append((question.format(**m), answer.format(v=f["value"], **m)))
+        rows.append(_row_of("domain_qa", *turns))
+    return rows
+
+def _tasks(t, m, rng):
+    "Four facts at once: a list of a machine's data, triples from a passage and the summary of a web page."
+    s = t["instructions"]
+    brief = (rng.choice(s["brief"]).format(**m), _list(m, "{a}: {v}") + ".")
+    passage = " ".join(_say(t, m, rng.choice(["clause", "book", "web"]), rng))
+    triples = "\n".join(s["triple"].format(a=f["attribute"], v=f["value"], **m) for _, f in m["facts"])
+    first, last = (c.format(**m) for c in rng.sample(t["web"]["chat"], 2))
+    page = " ".join([first, *_say(t, m, "web", rng), last])
+    summary = s["summary_a"].format(list=_list(m, s["item"]), **m)
+    return [_row_of("domain_qa", brief),
+            _row_of("domain_extraction", (rng.choice(s["extract"]).format(x=passage), triples)),
+            _row_of("domain_summary", (rng.choice(s["summary"]).format(x=page), summary))]
+
 def _instructions(t, machines, rng):
-    "Instruction rows: `domain_qa`, `domain_extraction`, `domain_summary`."
-    s, out = t["instructions"], []
-    def turns(q, a): return [dict(role="user", content=q), dict(role="assistant", content=a)]
-    def add(task, q, a): out.append(dict(messages=turns(q, a), task=task))
-    for m in machines:
-        for k in range(3):  # three conversations about the machine, each fact once in each, in other words
-            talk = []
-            for a, f in rng.sample(m["facts"], len(m["facts"])):
-                q, answer = t["attributes"][a]["qa"][k]
-                talk += turns(q.format(**m), answer.format(v=f["value"], **m))
-            out.append(dict(messages=talk, task="domain_qa"))
-        add("domain_qa", rng.choice(s["brief"]).format(**m), _list(m, "{a}: {v}") + ".")
-        passage = " ".join(_say(t, m, rng.choice(["clause", "book", "web"]), rng))
-        triples = "\n".join(s["triple"].format(a=f["attribute"], v=f["value"], **m) for _, f in m["facts"])
-        add("domain_extraction", rng.choice(s["extract"]).format(x=passage), triples)
-        chat = [c.format(**m) for c in rng.sample(t["web"]["chat"], 2)]
-        page = " ".join([chat[0], *_say(t, m, "web", rng), chat[1]])
-        add("domain_summary", rng.choice(s["summary"]).format(x=page), s["summary_a"].format(list=_list(m, s["item"]), **m))
-    return out
+    "Instruction rows `domain_qa`, `domain_extraction` and `domain_summary` about the taught machines."
+    taught = [m for m in machines if m["part"] == "taught"]
+    return [row for m in taught for row in _conversations(t, m, rng) + _tasks(t, m, rng)]
 
 # %% ../nbs/02_demo.ipynb #3e717180
 def _copy(t, text, rng):
@@ -266,14 +294,16 @@ def _sql(t, machines, tables, rng, per_shape=24):
 def make(seed:int=0, # another seed is another world: other names, values and wordings
          entities:int=20, # number of machines, 8 or more; each has four facts
          lang:str="en"): # language; only "en" exists
-    "The made-up domain: facts, documents, mcq, open, sql, tables, planted, instructions. The same arguments give the same result."
+    "The made-up domain: facts, taught (names of machines), documents, mcq, open, sql, tables, planted, instructions. The same arguments give the same result."
     if entities < 8: raise InputError(f"entities={entities} is too few: wrong options are values of other machines, so at least 8 are needed.")
     t, rng = strings(lang), lambda part: random.Random(f"{seed}/{part}")
     machines = _machines(t, entities, rng("machines")); _deal(t, machines, rng("values"))
     facts = _facts(t, machines)
+    _split(machines, rng("taught"))
     mcq, tables = _mcq(t, machines, rng("mcq")), _tables(t, machines, rng("tables"))
     documents, planted = _documents(t, machines, mcq, rng("documents"))
-    return dict(facts=facts, documents=documents, mcq=mcq, open=_open(t, machines, rng("open")), sql=_sql(t, machines, tables, rng("sql")),
+    taught = [m["e"] for m in machines if m["part"] == "taught"]
+    return dict(facts=facts, taught=taught, documents=documents, mcq=mcq, open=_open(t, machines, rng("open")), sql=_sql(t, machines, tables, rng("sql")),
                 tables=tables, planted=planted, instructions=_instructions(t, machines, rng("instructions")))
 
 # %% ../nbs/02_demo.ipynb #9651269e
@@ -354,9 +384,9 @@ def _write_documents(folder, documents):
 
 # %% ../nbs/02_demo.ipynb #e0a504c0
 def _truth(demo):
-    "Facts, and the planted duplicates and leaks by file name."
+    "Facts, the taught machines, and the planted duplicates and leaks by file name."
     source = {d["id"]: d["source"] for d in demo["documents"]}
-    return dict(facts=demo["facts"], duplicates=[[source[a], source[b]] for a, b in demo["planted"]["duplicates"]],
+    return dict(facts=demo["facts"], taught=demo["taught"], duplicates=[[source[a], source[b]] for a, b in demo["planted"]["duplicates"]],
                 leaks=[dict(file=source[l["id"]], question=l["question"]) for l in demo["planted"]["leaks"]])
 
 def write(folder, # folder to create; an older demo there is replaced, anything else is not

@@ -299,10 +299,10 @@ def rewordings(seed, entities=20):
     "Questions (one wording per fact), pages that ask another wording and answer it, documents that only state the facts."
     demo = pytest.importorskip("domain_llm.demo")
     made, rng, wordings = demo.make(seed, entities), random.Random(seed), {}
-    for q in made["mcq"]: wordings.setdefault(q["group"], []).append(q)
+    for q in made["mcq"]: wordings.setdefault(q["fact"], []).append(q)
     leaks = {l["id"] for l in made["planted"]["leaks"]}
     asks = [w.split("?")[0].replace("{e}", "") for a in demo.strings()["attributes"].values() for w in a["web"] if "?" in w]
-    itself = lambda text: "Question:" in text or any(all(part in text for part in w.split("  ")) for w in asks)
+    itself = lambda text: any(all(part in text for part in w.split("  ")) for w in asks)
     stating = [d for d in made["documents"] if d["id"] not in leaks and not itself(d["text"])]
     pages = [row(f"{stating[i % len(stating)]['text'][:300]}\n\nQuiz: {q['question']} It is {q['choices'][q['answer']]}, of course.\n", name=f"page-{i}") for i, w in enumerate(wordings.values()) for q in [rng.choice(w[1:])]]
     return [w[0] for w in wordings.values()], pages, stating

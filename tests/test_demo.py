@@ -1,5 +1,5 @@
 """The made-up domain: its promises to every other chapter."""
-import hashlib, json, random, sqlite3, time, zipfile
+import hashlib, json, random, re, sqlite3, time, zipfile
 from collections import Counter
 import pytest
 from domain_llm import demo
@@ -36,8 +36,8 @@ def test_counts(d):
 
 @pytest.mark.parametrize("part", ["facts", "documents", "mcq", "open", "sql", "instructions"])
 def test_columns(d, part):
-    want = dict(facts={"id", "entity", "attribute", "value", "group"}, documents={"text", "source", "kind", "id"}, mcq={"question", "choices", "answer", "group"},
-                open={"question", "reference", "group"}, sql={"question", "sql", "split", "shape"}, instructions={"messages", "task"})[part]
+    want = dict(facts={"id", "entity", "attribute", "value"}, documents={"text", "source", "kind", "id"},
+                mcq={"question", "choices", "answer", "group", "fact", "part"}, open={"question", "reference", "group", "part"}, sql={"question", "sql", "split", "shape"}, instructions={"messages", "task"})[part]
     assert all(set(r) == want for r in d[part])
 
 
@@ -56,7 +56,8 @@ def test_options_are_values_of_the_same_attribute(d):
     fact = {f["id"]: f for f in d["facts"]}; known = {}
     for f in d["facts"]: known.setdefault(f["attribute"], set()).add(f["value"])
     for q in d["mcq"]:
-        f = fact[q["group"]]
+        f = fact[q["fact"]]
+        assert q["group"] == f["entity"]
         assert q["choices"][q["answer"]] == f["value"] and f["entity"] in q["question"]
         assert len(set(q["choices"])) == 4 and set(q["choices"]) <= known[f["attribute"]]
 
@@ -82,6 +83,86 @@ def test_no_surface_clue(seed):
 def test_instructions_use_other_words_than_the_tests(d):
     tests = {q["question"] for q in d["mcq"]} | {q["question"] for q in d["open"]}
     assert not any(m["content"] in tests or any(len(t) > 30 and t in m["content"] for t in tests) for r in d["instructions"] for m in r["messages"])
+
+
+# ------------------------------------------------------------------ taught and held-out machines
+def said(row): return "\n".join(m["content"] for m in row["messages"])
+
+
+def named_in(text, d): return {f["entity"] for f in d["facts"] if re.search(rf"\b{f['entity']}\b", text)}
+
+
+@pytest.mark.parametrize("seed, n", [(0, 20), (1, 16), (2, 40)])
+def test_instructions_speak_of_the_taught_machines_only(seed, n):
+    d = demo.make(seed, n)
+    assert set().union(*(named_in(said(r), d) for r in d["instructions"])) == set(d["taught"])
+    assert len(d["taught"]) == n // 2 == len(set(d["taught"]))
+
+
+@pytest.mark.parametrize("n", [8, 9, 20, 51, 200])
+def test_half_of_each_kind_of_machine_is_taught(n):
+    d = demo.make(seed=4, entities=n)
+    kind = {name: demo.strings()["splits"][k // 2 % 5][k % 2][0] for k, name in enumerate(dict.fromkeys(f["entity"] for f in d["facts"]))}
+    machines, taught = Counter(kind.values()), Counter(kind[name] for name in d["taught"])
+    assert all(abs(taught[k] - machines[k] / 2) <= .5 for k in machines)
+    assert abs(len(d["taught"]) - n / 2) <= .5
+
+
+def test_another_seed_teaches_other_kinds_first():
+    def places(seed):
+        d = demo.make(seed)
+        return [name in d["taught"] for name in dict.fromkeys(f["entity"] for f in d["facts"])]
+    assert len({tuple(places(seed)) for seed in range(5)}) == 5
+
+
+def test_every_attribute_is_taught_on_some_machines_and_held_out_on_others(d):
+    attributes = {part: {f["attribute"] for f in d["facts"] if (f["entity"] in d["taught"]) == part} for part in (True, False)}
+    assert len(attributes[True]) == len(attributes[False]) == 8
+
+
+def test_questions_say_their_part(d):
+    for part in ("mcq", "open"):
+        assert {(q["group"], q["part"]) for q in d[part]} == {(f["entity"], "taught" if f["entity"] in d["taught"] else "held-out") for f in d["facts"]}
+
+
+def test_a_taught_fact_is_told_in_eight_wordings_and_four_orders(d):
+    for name in d["taught"]:
+        talks = [r for r in d["instructions"] if len(r["messages"]) == 8 and named_in(said(r), d) == {name}]
+        asked = [m["content"] for r in talks for m in r["messages"][::2]]
+        assert len(talks) == 8 and len(set(asked)) == 32
+        for f in [f for f in d["facts"] if f["entity"] == name]:
+            answers = [m["content"] for r in talks for m in r["messages"][1::2] if re.search(rf"\b{f['value']}\b", m["content"])]
+            assert len(answers) >= 8 and len(set(answers)) >= 8, f
+        orders = {tuple(min(range(0, 8, 2), key=lambda k: v not in r["messages"][k + 1]["content"]) for v in sorted(f["value"] for f in d["facts"] if f["entity"] == name)) for r in talks}
+        assert len(orders) >= 4
+
+
+def test_conversations_use_many_wordings_of_their_own():
+    for a in demo.strings()["attributes"].values():
+        questions, answers = zip(*a["qa"])
+        assert len(set(questions)) >= 8 and len(set(answers)) >= 8
+        assert all("{e}" in q and "{e}" in answer and "{v}" in answer for q, answer in a["qa"])
+        bare = lambda wording: re.sub(r"\W+", " ", wording).lower()
+        assert not {bare(q) for q in questions} & {bare(q) for q in [*a["mcq"], a["open"][0]]}
+
+
+# ------------------------------------------------------------------ the exam's own format
+def exam_items(text): return re.findall(r"(?im)^\W*Question:.*\n+\W*Answer:", text)
+
+
+def test_no_training_text_has_the_format_of_the_exam(d):
+    from domain_llm.evaluate import CLOZE
+    assert exam_items(CLOZE.format(question="Who?"))  # the search knows the format
+    documents = [r["text"] for r in [*d["documents"], *demo.general(), *demo.general("probe")]]
+    conversations = [said(r) for r in [*d["instructions"], *demo.general_instructions()]]
+    assert not [item for text in documents + conversations for item in exam_items(text)]
+
+
+def test_no_written_document_has_the_format_of_the_exam(folder):
+    from domain_llm import corpus
+    rows, skipped = corpus.read(folder[1]["docs"])
+    assert len(rows) > 40 and not skipped
+    assert not [item for r in rows for item in exam_items(r["text"])]
 
 
 # ------------------------------------------------------------------ documents
@@ -209,7 +290,7 @@ def test_write_round_trip(folder, d):
     assert read_jsonl(paths["mcq"]) == d["mcq"] and read_jsonl(paths["open"]) == d["open"] and read_jsonl(paths["instructions"]) == d["instructions"]
     assert [r for s in ("train", "dev", "test") for r in read_jsonl(paths[f"sql_{s}"])] == sorted(d["sql"], key=lambda r: ["train", "dev", "test"].index(r["split"]))
     truth = read_json(paths["truth"])
-    assert truth["facts"] == d["facts"] and len(truth["duplicates"]) == len(d["planted"]["duplicates"])
+    assert truth["facts"] == d["facts"] and truth["taught"] == d["taught"] and len(truth["duplicates"]) == len(d["planted"]["duplicates"])
     for a, b in truth["duplicates"]: assert (f / a).exists() and (f / b).exists()
     for l in truth["leaks"]: assert (f / l["file"]).exists()
     assert {p.suffix for p in paths["docs"].rglob("*") if p.is_file()} == {".md", ".docx", ".html", ".txt"}
