@@ -12,7 +12,7 @@ from importlib.resources import files
 from itertools import cycle
 from pathlib import Path
 from xml.sax.saxutils import escape
-from .core import InputError, atomic_dir, write_json, write_jsonl
+from .core import InputError, atomic_dir, refuse_existing, write_json, write_jsonl
 
 # %% ../nbs/02_demo.ipynb #37fcc7cc
 def _data(name):
@@ -328,11 +328,12 @@ def python_docs():
     return [dict(text=topics[k].strip(), source="pydoc_data.topics", kind="general", id=f"python-{k}") for k in sorted(topics)]
 
 # %% ../nbs/02_demo.ipynb #d754aa4f
-def database(path, # file to create; an older one is replaced
+def database(path, # file to create; it must not exist yet
              demo): # what `make` returned
     "Write the SQLite database of the demo and return its path."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True); path.unlink(missing_ok=True)
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     con = sqlite3.connect(path)
     _insert(con, demo["tables"]); con.close()
     return path
@@ -389,13 +390,13 @@ def _truth(demo):
     return dict(facts=demo["facts"], taught=demo["taught"], duplicates=[[source[a], source[b]] for a, b in demo["planted"]["duplicates"]],
                 leaks=[dict(file=source[l["id"]], question=l["question"]) for l in demo["planted"]["leaks"]])
 
-def write(folder, # folder to create; an older demo there is replaced, anything else is not
+def write(folder, # folder to create; it must not hold anything yet
           seed:int=0, # as in `make`
           entities:int=20): # as in `make`
     "Write the whole demo as a folder, atomically, and return its paths by name."
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / "truth.json").exists()):
-        raise InputError(f"{folder} exists and holds something other than a demo, which would be lost. Choose a new folder.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and holds something, which would be lost. Choose a new folder.")
     demo = make(seed, entities)
     named = dict(mcq=("questions/domain_mcq.jsonl", demo["mcq"]), open=("questions/open.jsonl", demo["open"]), common=("questions/common.jsonl", common()),
         general=("general/train.jsonl", general()), probe=("general/probe.jsonl", general("probe")), python_docs=("general/python_docs.jsonl", python_docs()),

@@ -376,7 +376,8 @@ def make_probe(tok, # the model's tokenizer
     from domain_llm.evaluate import bits_per_byte
     state = {"reference": reference}
     def probe(model):
-        with torch.autocast(model.device.type, torch.bfloat16):  # as in training
+        dtype = half_dtype(model.device)
+        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):  # as in training
             d, g = (bits_per_byte(model, tok, docs)["bpb"] for docs in (domain, general))
         state["reference"] = state["reference"] or g
         excess = g / state["reference"] - 1 - budget

@@ -196,7 +196,7 @@ def _demo(cfg, out):
     from domain_llm import demo
     folder, done = keep.begin(out, "demo", [fingerprint(demo.make(seed=cfg["seed"], entities=cfg["demo"]))])
     if not done:
-        demo.write(folder / "world", seed=cfg["seed"], entities=cfg["demo"])
+        if not (folder / "world").exists(): demo.write(folder / "world", seed=cfg["seed"], entities=cfg["demo"])
         keep.finish(folder)
     made = folder / "world"
     own = dict(documents=made / "docs", instructions=made / "instructions" / "domain.jsonl", questions=made / "questions" / "domain_mcq.jsonl")
@@ -265,10 +265,8 @@ def _headline(found):
 
 def load_to_measure(name, cfg):
     "The model `name`, in bfloat16 where the processor computes in it: half the memory and about twice the speed."
-    import torch
-    from domain_llm.models import load
-    fast = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return load(name, dtype=torch.bfloat16 if fast else torch.float32, trust_remote_code=cfg["trust_remote_code"])
+    from domain_llm.models import default_device, half_dtype, load
+    return load(name, dtype=half_dtype(default_device()), trust_remote_code=cfg["trust_remote_code"])
 
 def baseline_stage(cfg, read, out):
     "Measure the base model."

@@ -305,7 +305,8 @@ def test_write_replaces_only_a_demo(tmp_path):
     (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError): demo.write(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
-    demo.write(tmp_path / "demo", entities=8); demo.write(tmp_path / "demo", seed=1, entities=8)
+    demo.write(tmp_path / "demo", entities=8)
+    with pytest.raises(InputError): demo.write(tmp_path / "demo", seed=1, entities=8)
 
 
 def test_word_files_open_in_python_docx(folder, d):

@@ -1,5 +1,5 @@
 """The checkout as a whole: exports in sync, README current, notebooks clean, every notebook runs."""
-import json, os, re, shutil, subprocess, sys, time
+import ast, json, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, pytest
@@ -54,11 +54,35 @@ def test_modules_import_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+def imports(path):
+    "The modules of the package that a module imports anywhere, also inside functions, however it says so."
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            found |= {name.split(".")[1] for name in names if name.startswith("domain_llm.")}
+        if isinstance(node, ast.ImportFrom):
+            whole = ("." if node.level else "") + (node.module or "")
+            if whole in (".", "domain_llm"):
+                found |= {alias.name for alias in node.names}
+            elif whole.startswith((".", "domain_llm.")):
+                found.add(whole.removeprefix("domain_llm").lstrip(".").split(".")[0])
+    return found
+
+
+def test_imports_are_seen_in_every_form(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("from . import a, b as c\nfrom .d import e\nimport domain_llm.f\nfrom domain_llm import g\ndef h():\n    from domain_llm.i import j\nimport json\n")
+    assert imports(path) == {"a", "b", "d", "f", "g", "i"}
+
+
 def test_modules_depend_downwards_only():
-    layers = [["core", "models"], ["demo", "corpus", "select", "mix", "evaluate", "ablate"], ["pretrain", "sft"], ["quantize"], ["recipe", "report"], ["experiments"], ["cli"]]
-    level = {m: i for i, names in enumerate(layers) for m in names}
-    for p in (ROOT / "domain_llm").glob("*.py"):
-        if p.stem.startswith("_"): continue
-        for used in re.findall(r"from domain_llm\.(\w+) import|from \.(\w+) import", p.read_text()):
-            used = used[0] or used[1]
-            assert level[used] <= level[p.stem], f"{p.stem} imports {used} from a layer above"
+    "As CONTRIBUTING draws them: a module imports from its own line and the lines below."
+    drawn = re.search(r"## Layers\n\n((?:    .+\n)+)", (ROOT / "CONTRIBUTING.md").read_text())[1]
+    layers = [line.strip().split(", ") for line in reversed(drawn.splitlines())]
+    level = {module: i for i, names in enumerate(layers) for module in names}
+    modules = {p.stem: p for p in (ROOT / "domain_llm").glob("*.py") if not p.stem.startswith("_")}
+    assert set(level) == set(modules)
+    for name, path in modules.items():
+        for used in imports(path) - {"__version__"}:
+            assert level[used] <= level[name], f"{name} imports {used} from a layer above"

@@ -1,10 +1,10 @@
 """A whole run on a tiny random model: stages, skipping, killing, resuming."""
-import json, os, random, re, signal, subprocess, sys, time
+import json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest, yaml
 
-from domain_llm import mix, recipe
+from domain_llm import keep, mix, recipe
 from domain_llm.core import InputError
 
 
@@ -38,7 +38,7 @@ def test_run_leaves_what_it_promises(whole):
     for k in ("domain_mcq", "general_mcq", "domain_bpb", "general_bpb"):
         for when in ("before", "after"): assert m[f"{k}_{when}_low"] <= m[f"{k}_{when}"] <= m[f"{k}_{when}_high"]
     assert m["seconds"] > 0 and m["verdict"] in (out / "report.html").read_text().replace("&#39;", "'")
-    for stage in ("corpus", "baseline", "pretrain", "sft", "evaluate", "quantize", "report"):
+    for stage in ("corpus", "baseline", "pretrain", "sft", "evaluate", "screen", "answers", "quantize", "report"):
         made = json.loads((out / stage / "manifest.json").read_text())
         assert made["fingerprint"] and made["versions"]["torch"] and made["seconds"] >= 0
     assert (out / "MODEL_CARD.md").read_text().startswith("---\nbase_model:")
@@ -50,11 +50,11 @@ def test_every_checkpoint_is_screened(whole):
     "Each probe's model is kept, loads by itself and is the one that was scored; the probe of the last step is that of the stage's end."
     from domain_llm.evaluate import multiple_choice
     path, out, _, said = whole
-    found, cfg = json.loads((out / "evaluate" / "screen.json").read_text()), recipe.read_recipe(path)
+    found, cfg = json.loads((out / "screen" / "screen.json").read_text()), recipe.read_recipe(path)
     steps = [f"{s} step {h['step']}" for s in ("pretrain", "sft") for h in json.loads((out / s / "history.json").read_text()) if "score" in h and "share" not in h and h["step"]]
     assert [n for n in found["checkpoints"] if n != "final"] == ["base", *steps] and len(steps) == 6 and found["said"] in said
     assert found["said"] in (out / "report.html").read_text()
-    questions = recipe._questions([str(out / "demo" / "questions" / "domain_mcq.jsonl")], 40, 0)
+    questions = recipe._questions(out / "inputs" / "questions" / "rows.jsonl", cfg)
     for name in (steps[1], steps[-1]):
         stage, step = name.split(" step ")
         again = multiple_choice(*recipe.load_to_measure(str(out / stage / "kept" / f"step-{step}"), cfg), questions)
@@ -64,24 +64,12 @@ def test_every_checkpoint_is_screened(whole):
     assert [int(c) for c in measured["final"]["correct"]] in [r["correct"] for r in found["questions"].values()]
 
 
-def test_screening_passes_over_what_a_kill_or_a_stage_no_longer_wanted_has_left(whole, tmp_path):
-    import shutil
-    path, out, _, _ = whole
-    shutil.copytree(out, tmp_path / "out")
-    (tmp_path / "out" / "pretrain" / "kept" / "step-12.abc.part").mkdir()
-    cfg = {**recipe.read_recipe(path), "sft": None, "output": str(tmp_path / "out")}
-    before, after = (json.loads((out / s / "measured.json").read_text())["domain_mcq"] for s in ("baseline", "evaluate"))
-    recipe._screen(cfg, recipe.gather(cfg), tmp_path / "out" / "evaluate", before, after)
-    names = list(json.loads((tmp_path / "out" / "evaluate" / "screen.json").read_text())["checkpoints"])
-    assert len([n for n in names if n.startswith("pretrain")]) == 4 and not [n for n in names if n.startswith("sft")]
-
-
 def test_screening_needs_questions_of_two_groups(tiny_folder, tmp_path):
+    "Refused before anything is trained."
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(dict(question=f"What is {i} + 1?", choices=["one", "two"], answer=0, group="sums")) + "\n" for i in range(6)))
-    cfg = recipe.check(small(tiny_folder, data=dict(questions=["q.jsonl"]), output="out"), tmp_path)
-    data = recipe.gather(cfg)
-    recipe.corpus_stage(cfg, data, tmp_path / "out" / "corpus")
-    with pytest.raises(InputError, match="at least two groups"): recipe.baseline_stage(cfg, data, tmp_path / "out" / "baseline")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(small(tiny_folder, data=dict(questions=["q.jsonl"]), output="out")))
+    with pytest.raises(InputError, match="at least two groups"): recipe.run(tmp_path / "r.yaml")
+    assert not (tmp_path / "out" / "pretrain").exists()
 
 
 def test_report_opens_without_a_network(whole):
@@ -92,70 +80,137 @@ def test_report_opens_without_a_network(whole):
         def handle_starttag(self, tag, attrs): links.extend(v for k, v in attrs if k in ("src", "href") and not v.startswith("#"))
     Links().feed(page)
     assert not links and page.count("<svg") == 4
-    assert "domain-llm chat" in page and "McNemar" in page
+    assert "domain-llm chat" in page and "95% interval" in page
 
 
 def test_a_probe_of_one_document_has_no_interval_and_says_so(whole, tmp_path):
-    import shutil
     from domain_llm import report
     shutil.copytree(whole[1], tmp_path / "out")
     for stage in ("baseline", "evaluate"):
         path = tmp_path / "out" / stage / "measured.json"
         found = json.loads(path.read_text())
-        found["general_bpb"].update(low=float("nan"), high=float("nan"))
+        found["general_bpb"].update(low=None, high=None, change=None)
         path.write_text(json.dumps(found))
-    metrics = report.write_report(tmp_path / "out", recipe.read_recipe(whole[0]))
-    assert metrics["general_bpb_after_low"] is None and "NaN" not in (tmp_path / "out" / "metrics.json").read_text()
-    for name in ("report.html", "MODEL_CARD.md"): assert "nan to" not in (tmp_path / "out" / name).read_text()
+    plan = [p.parent.name for p in sorted((tmp_path / "out").glob("*/manifest.json")) if p.parent.name not in ("demo", "report")]
+    metrics = report.write_report(tmp_path / "out", tmp_path, dict(name="x", model="m", seed=0), plan)
+    assert metrics["general_bpb_after_low"] is None and "one document, so no interval" in metrics["verdict"]
+    for name in ("metrics.json", "report.html", "MODEL_CARD.md"):
+        text = (tmp_path / name).read_text()
+        assert "NaN" not in text and "nan to" not in text and "None to" not in text
 
 
 def test_second_run_skips_everything(whole):
     path, out, _, _ = whole
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("*/manifest.json")}
     said = start(path, out).communicate(timeout=300)[0]
-    assert said.count("unchanged, skipped") == len(stamps) == 7
+    assert said.count("unchanged, skipped") == 9 and len(stamps) == 10  # the demo's own files are not counted among the stages
     assert {p: p.stat().st_mtime_ns for p in out.glob("*/manifest.json")} == stamps
 
 
-def test_a_changed_setting_repeats_its_stage_and_the_ones_after(whole, tiny_folder):
-    cfg = recipe.check(small(tiny_folder), whole[0].parent)
-    cfg["output"] = str(whole[1])
-    data = recipe.gather(cfg)
-    old = recipe.stage_fingerprints(cfg, data)
-    changed = json.loads(json.dumps(cfg)); changed["sft"]["learning_rate"] = 1e-4
-    new = recipe.stage_fingerprints(changed, data)
-    assert [s for s in old if old[s] != new[s]] == ["sft", "evaluate", "quantize", "report"]
+KILLS = int(os.environ.get("DOMAIN_LLM_KILLS", 10))  # 100 for the long test
 
 
-KILLS = int(os.environ.get("DOMAIN_LLM_KILLS", 4))  # 10 when the points shall lie closer
+class Runs:
+    "Runs in forked children of one process that has loaded the libraries."
+
+    def __init__(self):
+        self.process = subprocess.Popen([sys.executable, str(Path(__file__).parent / "fork_runs.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, path, out, seconds=None):
+        "Start a run and SIGKILL it after some time, or let it end; gives how it ended."
+        self.process.stdin.write(f"{path}\t{out}\n")
+        self.process.stdin.flush()
+        pid = int(self.process.stdout.readline())
+        if seconds is not None:
+            time.sleep(seconds)
+            try: os.killpg(pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+        return self.process.stdout.readline().strip()
 
 
-@pytest.mark.parametrize("point", range(KILLS))
-def test_killed_anywhere_ends_the_same(whole, tmp_path, point):
-    "SIGKILL after a share of the run's time; the resumed run must end with the figures of the whole one."
-    path, out, seconds, _ = whole
-    p = start(path, tmp_path / "out")
-    time.sleep(seconds * (point + 0.5) / KILLS)
-    try: os.killpg(p.pid, signal.SIGKILL)
-    except ProcessLookupError: pass
-    p.wait()
-    again = start(path, tmp_path / "out")
-    said = again.communicate(timeout=600)[0]
-    assert again.returncode == 0, said[-3000:]
-    want, got = figures(out), figures(tmp_path / "out")
-    assert got == want
+@pytest.fixture(scope="module")
+def runs():
+    made = Runs()
+    yield made
+    made.process.stdin.close()
+    made.process.wait(60)
+
+
+def tree(folder):
+    "The files of a run, but for what tells the time; checkpoints of the trainer hold times too."
+    ours = {p.relative_to(folder).as_posix() for p in Path(folder).rglob("*")}
+    return {p for p in ours if p != ".domain_llm/new"}
+
+
+def test_killed_at_random_moments_it_ends_the_same(whole, runs, tmp_path):
+    "Again and again a run is killed, each time after another while; it ends with the figures of the whole one, without leftovers, and its inputs are as they were."
+    path, out, _, _ = whole
+    rng, killed, rounds = random.Random(0), 0, 0
+    inputs = {p: p.read_bytes() for p in [path, *Path(json.loads((out / "pretrain" / "manifest.json").read_text())["settings"]["model"]).iterdir()]}
+    while killed < KILLS:
+        mine, rounds = tmp_path / f"out{rounds}", rounds + 1
+        for _ in range(10 if KILLS - killed > 10 else KILLS - killed):
+            ended = runs.run(path, mine, rng.uniform(0.05, 6))
+            if ended == "exit 0": break
+            assert ended == "signal 9", (ended, Path(f"{mine}.log").read_text()[-2000:])
+            killed += 1
+        ended = runs.run(path, mine)
+        assert ended == "exit 0", (ended, Path(f"{mine}.log").read_text()[-2000:])
+        assert figures(mine) == figures(out)
+        assert tree(mine) == tree(out)
+        shutil.rmtree(mine)
+    assert killed >= KILLS and {p: p.read_bytes() for p in inputs} == inputs
+    print(f"killed {killed} times in {rounds} runs")
 
 
 def test_a_run_that_goes_on_between_its_stages_ends_the_same(whole, tmp_path):
     "The new adapter of fine-tuning is drawn as it was in the run that did not stop."
-    import shutil
     path, out, _, _ = whole
     shutil.copytree(out, tmp_path / "out")
     for stage in ("sft", "evaluate"): shutil.rmtree(tmp_path / "out" / stage)
     said = start(path, tmp_path / "out").communicate(timeout=600)[0]
-    assert "[3/7] pretrain: unchanged" in said and "[4/7] sft: Supervised" in said
+    assert "[4/9] sft: Supervised" in said and said.index("unchanged, skipped") < said.index("[4/9]")
     history = [json.loads((o / "sft" / "history.json").read_text()) for o in (out, tmp_path / "out")]
     assert history[0] == history[1] and figures(out) == figures(tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_trained_model_is_saved_before_it_is_interpolated(tiny_folder, tmp_path, monkeypatch, method):
+    "A run that is cut in the search for the share goes on without training again, and ends as one that was not cut."
+    from domain_llm import pretrain
+    cfg = small(tiny_folder, sft=False, quantize=False, mix=dict(parts=dict(domain=1), tokens=3000), evaluate=dict(questions=40, probe_tokens=400),
+                pretrain=dict(method=method, length=128, tokens_per_step=128, probes=1, learning_rate=3e-2, forgetting_budget=1e-6))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(cfg))
+    metrics = recipe.run(tmp_path / "r.yaml", tmp_path / "whole")
+    assert metrics["share_kept"] < 1 and (tmp_path / "whole" / "pretrain" / "trained").is_dir()
+    real = pretrain.interpolate
+
+    def cut(*args, **kw): raise KeyboardInterrupt
+    monkeypatch.setattr(pretrain, "interpolate", cut)
+    with pytest.raises(KeyboardInterrupt): recipe.run(tmp_path / "r.yaml", tmp_path / "cut")
+    monkeypatch.setattr(pretrain, "interpolate", real)
+    monkeypatch.setattr(pretrain, "train", lambda *args, **kw: pytest.fail("trained again"))
+    again = recipe.run(tmp_path / "r.yaml", tmp_path / "cut")
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in metrics.items() if k != "seconds"}
+    kept = tmp_path / "cut" / "pretrain" / "model"
+    assert (kept / ("adapter_model.safetensors" if method == "lora" else "model.safetensors")).exists()
+
+
+def test_fine_tuning_after_an_adapter_has_a_model_to_belong_to(tiny_folder, tmp_path):
+    "LoRA after LoRA: the last adapter loads in plain peft, and gives the model that was measured."
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from domain_llm.models import load
+    train = dict(method="lora", length=256, tokens_per_step=256, probes=1, learning_rate=1e-3, rank=4)
+    cfg = small(tiny_folder, quantize=False, mix=dict(parts=dict(domain=1), tokens=2000), evaluate=dict(questions=40, probe_tokens=400), pretrain=train, sft=train | dict(epochs=0.3))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(cfg))
+    recipe.run(tmp_path / "r.yaml", tmp_path / "out")
+    folder = recipe.final_model(tmp_path / "out")
+    ids = torch.arange(20)[None] + 300
+    theirs = AutoPeftModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits
+    ours = load(str(folder))[0](input_ids=ids).logits
+    base = load(str(tiny_folder))[0](input_ids=ids).logits
+    assert torch.allclose(theirs, ours, atol=1e-4) and not torch.allclose(ours, base, atol=1e-4)
 
 
 def test_corrupted_checkpoint_is_passed_over(whole, tmp_path):
@@ -174,7 +229,7 @@ def test_corrupted_checkpoint_is_passed_over(whole, tmp_path):
 
 
 def test_two_runs_in_one_folder(whole, tmp_path):
-    with recipe.alone(whole[1]):
+    with keep.alone(whole[1]):
         p = start(whole[0], whole[1])
         assert "another run is working" in p.communicate(timeout=120)[0] and p.returncode == 2
 
@@ -196,21 +251,51 @@ def test_own_documents_without_exam_or_answers(tiny_folder, tmp_path):
     assert "broken.pdf" in (tmp_path / "runs" / "docs" / "report.html").read_text() and "1 file skipped" in p.stdout
 
 
-def test_template_gives_the_defaults_it_claims():
-    "A recipe made by init must pass the check, and every key in the template must be known."
-    text = (Path(recipe.__file__).parent / "data" / "template.yaml").read_text().replace("NAME", "x").replace("DOCUMENTS", ".")
-    recipe.check(yaml.safe_load(text), ".")
-    for line in text.splitlines():  # the commented settings too
-        key = line.strip().lstrip("# ").split(":")[0]
-        if line.strip().startswith("# ") and ":" in line and " " not in key: assert any(key in (s if isinstance(s, dict) else {}) for s in [recipe.SCHEMA, *recipe.SCHEMA.values()]), key
+EXAMPLES = ("output", "model", "trust_remote_code", "data.", "select.tokens", "select.kinds", "select.near", "mix.tokens", "evaluate.screen")  # settings that the template shows, not defaults
+
+
+def template(uncomment):
+    "The recipe that the template is, with the settings that it only shows if asked for; the second of two lines of one name is left out."
+    text = (Path(recipe.__file__).parent / "data" / "template.yaml").read_text().replace("NAME", "x").replace("DOCUMENTS", "docs")
+    lines, seen = [], set()
+    for line in text.splitlines():
+        shown = re.match(r"( *)# ([a-z_]+: .*)", line)
+        key = (shown[1], shown[2].split(":")[0]) if shown else None
+        if shown and uncomment and key not in seen:
+            seen.add(key)
+            line = shown[1] + shown[2]
+        name = re.match(r"(model): ", line)
+        if name: seen.add(("", "model"))
+        lines.append(line)
+    return yaml.safe_load("\n".join(lines))
+
+
+def test_template_shows_settings_that_work_and_the_defaults_that_it_claims(tmp_path):
+    given = template(uncomment=True)
+    (tmp_path / "docs").mkdir()
+    for key in ("general", "general_probe", "instructions", "questions", "general_questions"):
+        (tmp_path / given["data"][key]).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / given["data"][key]).touch()
+    recipe.check(given, tmp_path)
+    plain = recipe.check(template(uncomment=False), tmp_path)
+    full = recipe.check(template(uncomment=True), tmp_path)
+
+    def flat(cfg, prefix=""):
+        for k, v in cfg.items(): yield from flat(v, f"{prefix}{k}.") if isinstance(v, dict) and k != "parts" else [(prefix + k, v)]
+
+    shown = dict(flat(full))
+    assert len(shown) > 40
+    for name, value in flat(plain):
+        if not name.startswith(EXAMPLES): assert shown[name] == value, f"the template shows {name}: {shown[name]}, but the default is {value}"
 
 
 def test_own_multiplechoice_is_leak_free(whole):
     "The demo's planted leaks must not be in the documents that were trained on."
     from domain_llm.core import read_jsonl
-    truth = json.loads((whole[1] / "demo" / "truth.json").read_text())
-    text = " ".join(r["text"] for r in read_jsonl(whole[1] / "corpus" / "documents.jsonl"))
-    questions = {q["question"] for q in read_jsonl(whole[1] / "demo" / "questions" / "domain_mcq.jsonl")}
+    truth = json.loads((whole[1] / "demo" / "world" / "truth.json").read_text())
+    rows = [*read_jsonl(whole[1] / "corpus" / "documents.jsonl"), *read_jsonl(whole[1] / "corpus" / "general.jsonl")]
+    text = " ".join(r["text"] for r in rows)
+    questions = {q["question"] for q in read_jsonl(whole[1] / "inputs" / "questions" / "rows.jsonl")}
     assert truth and not [q for q in questions if q in text]
 
 
