@@ -339,8 +339,9 @@ def _pieces(text, # of a document
         return [text]
     n = max(1, int(size // _EXCERPT))
     characters = int(len(text) * size / _bytes(text) / n)
-    starts = [i * (len(text) - characters) // max(n - 1, 1) for i in range(n)]
-    lines = [text.find("\n", start, start + 200) + 1 if start else 0 for start in starts]
+    gap = (len(text) - n * characters) // max(n - 1, 1)  # between two pieces
+    starts = [i * (characters + gap) for i in range(n)]
+    lines = [text.find("\n", start, start + min(gap, 200)) + 1 if start else 0 for start in starts]
     return [text[line or start:(line or start) + characters] for line, start in zip(lines, starts)]
 
 def excerpts(docs:list, # document rows
