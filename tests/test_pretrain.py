@@ -186,7 +186,7 @@ def test_loss_of_a_model_whose_forward_gives_all_logits(tok):
     from domain_llm.models import tiny
 
     class Remote(LlamaForCausalLM):
-        def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, use_cache=None, return_dict=None, output_attentions=None, output_hidden_states=None):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None, use_cache=None, return_dict=None, output_attentions=None, output_hidden_states=None):
             return super().forward(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
 
     ours, theirs = tiny(tok), Remote(tiny(tok).config).eval()
