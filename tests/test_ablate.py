@@ -1,4 +1,4 @@
-import json
+import gc, json
 
 import numpy as np
 import pytest
@@ -49,9 +49,22 @@ def test_margin_moves_the_p_value_only():
     assert r["p"] == pytest.approx(stats.ttest_1samp(a[0], 0.1).pvalue) and r["diff"] == pytest.approx(a.mean())
 
 
-def test_no_spread_at_all():
+def test_a_few_groups_that_agree_have_no_interval():
     r = ablate.difference([[1, 1, 1]], [[0, 0, 0]])
-    assert (r["diff"], r["low"], r["high"]) == (1, 1, 1) and r["p"] == stats.binomtest(3, 3).pvalue  # the sign test: three items alone prove nothing
+    assert (r["diff"], r["low"], r["high"]) == (1, None, None) and r["p"] == stats.binomtest(3, 3).pvalue  # the sign test: three items alone prove nothing
+    many = ablate.difference([[1] * 8], [[0] * 8])
+    assert (many["low"], many["high"], many["p"]) == (1, 1, stats.binomtest(8, 8).pvalue)
+
+
+def test_one_group_tells_nothing_of_others():
+    r = ablate.difference([[1, 0, 1], [1, 1, 1]], [[0, 0, 0], [0, 1, 0]], ["a", "a", "a"])
+    assert (r["low"], r["high"], r["p"], r["groups"]) == (None, None, 1.0, 1) and r["diff"] == pytest.approx(4 / 6)
+
+
+def test_order_within_a_group_is_no_spread():
+    "The change is a third in either group; only the order of the items differs, whose rounding must not look like a tiny scatter."
+    r = ablate.difference([[1, 0, 0, 0, 0, 1]], [[0] * 6], ["a"] * 3 + ["b"] * 3)
+    assert r["low"] is None and r["p"] == 0.5
 
 
 def test_numpy_values_survive_the_disk(tmp_path):
@@ -112,30 +125,131 @@ def test_what_only_the_correction_leaves_open_asks_for_more():
     d[1] += 2.5 * d[1].std(ddof=1) / np.sqrt(50)
     runs = {f"arm {i}": {"0": dict(mcq=dict(values=(d[i] * (i > 0)).tolist()))} for i in range(11)}
     said = ablate.verdict(runs, [dict(text="t", metric="mcq", arm=f"arm {i}", base="arm 0") for i in range(1, 11)])
-    assert said[0]["low"] > 0 and said[0]["verdict"] == "not resolved at this size" and 50 < said[0]["needed"]["groups"] < 80
+    assert said[0]["low"] > 0 and said[0]["verdict"] == "not resolved at this size" and 95 < said[0]["needed"]["groups"] < 115  # by z: 50 (2.807 + 0.842)^2 / 2.5^2 = 107
     assert f"would take about {said[0]['needed']['groups']} groups" in ablate.sentence(said[0])
 
 
-def test_needed_sizes_do_resolve():
-    "At the size that it asks for, the same parts of variance give an interval that just clears the margin."
-    r = dict(diff=0.1, parts=dict(seed=0.001, group=0.5, both=1.0), seeds=3, groups=40)
-    n = ablate.needed(r)
-    se = lambda S, G: np.sqrt(0.001 / S + 0.5 / G + 1.0 / (S * G))
-    half = lambda S, G, n: stats.t.ppf(0.975, n - 1) * se(S, G)
-    assert half(3, n["groups"], n["groups"]) <= 0.1 < half(3, n["groups"] - 1, n["groups"] - 1)
-    assert n["seeds"] is None  # forty groups alone leave more than the difference
-    few = ablate.needed(dict(diff=1.0, parts=dict(seed=0.5, group=0.0, both=0.0), seeds=2, groups=40))["seeds"]
-    assert few == 5 and 1.96 * np.sqrt(0.5 / 2) < 1  # by hand: t(4) = 2.776, times sqrt(0.5 / 5) is 0.88; t(3) = 3.182 gives 1.13
+def test_needed_sizes_by_hand():
+    "At the size that it asks for, the difference is t(0.975) + t(0.8) standard errors."
+    n = ablate.needed(dict(diff=0.1, low=0, high=0.2, parts=dict(seed=0.0, group=0.5, both=1.0), seeds=1, groups=40))
+    least = lambda G: (stats.t.ppf(0.975, G - 1) + stats.t.ppf(0.8, G - 1)) * np.sqrt(1.5 / G)
+    assert least(n["groups"]) <= 0.1 < least(n["groups"] - 1)
+    assert ablate.needed(dict(diff=0.1, low=0, high=0.2, parts=dict(seed=0.0, group=0.5, both=1.0), seeds=3, groups=40))["seeds"] is None  # forty groups alone leave more than the difference
+    few = ablate.needed(dict(diff=1.0, low=0, high=2, parts=dict(seed=0.5, group=0.0, both=0.0), seeds=2, groups=40))["seeds"]
+    assert few == 7  # by hand: t(6) = 2.447 and 0.906, times sqrt(0.5 / 7) is 0.90; t(5) = 2.571 and 0.920 times sqrt(0.5 / 6) gives 1.01
+    assert ablate.needed(dict(diff=1.0, low=None, high=None, parts=dict(seed=0, group=0, both=0), seeds=1, groups=1)) == dict(groups=None, seeds=None)
+
+
+def drawn(rng, true, parts, S, G):
+    "A difference measured with these variance parts."
+    spread = [rng.normal(0, np.sqrt(parts[k]), size) for k, size in (("seed", (S, 1)), ("group", (1, G)), ("both", (S, G)))]
+    d = true + sum(spread)
+    return ablate.difference(d, np.zeros_like(d))
+
+
+@pytest.mark.parametrize("parts", [dict(seed=0.0, group=0.3, both=0.6), dict(seed=0.002, group=0.3, both=0.6), dict(seed=0.05, group=0.05, both=0.6)])
+def test_needed_has_the_power_it_says(parts):
+    "80% by the t approximation; the interval's own degrees of freedom are estimated, which costs or gives a few points."
+    rng, sizes = np.random.default_rng(3), ablate.needed(dict(diff=0.25, low=0, high=0.4, parts=parts, seeds=5, groups=100))
+    for S, G in ((5, sizes["groups"]), (sizes["seeds"], 100)):
+        if S and G: assert 0.74 < np.mean([drawn(rng, 0.25, parts, S, G)["p"] < 0.05 for _ in range(1000)]) < 0.88
+    assert any(sizes.values())
+
+
+@pytest.mark.parametrize("seeds, groups", [(1, 12), (3, 40), (5, 8), (8, 100)])
+def test_a_design_tells_what_the_experiment_will(seeds, groups):
+    parts = dict(seed=0.01 * (seeds > 1), group=0.4, both=0.8)
+    planned = ablate.design(parts, seeds, groups, matters=0.4)
+    rng = np.random.default_rng(seeds)
+    found = [drawn(rng, 0.4, parts, seeds, groups) for _ in range(1500)]
+    assert planned["half_width"] == pytest.approx(np.mean([(r["high"] - r["low"]) / 2 for r in found]), rel=0.15)
+    assert planned["power"] == pytest.approx(np.mean([r["p"] < 0.05 for r in found]), abs=0.08)
+
+
+def test_a_design_is_refused_below_its_ceiling():
+    "By hand, with one seed: t(24) = 2.064 times sqrt(1 / 25) is 0.413."
+    parts = dict(seed=0.0, group=1.0, both=0.0)
+    planned = ablate.design(parts, 1, 25, ceiling=0.8)
+    assert planned["half_width"] == pytest.approx(0.4128, abs=1e-4) and planned["worth"] is False and "do not run it" in planned["said"]
+    assert ablate.design(parts, 1, 25, ceiling=0.9)["worth"] is True
+    assert ablate.design(parts, 1, 25)["worth"] is None
+
+
+def close_runs(n=60, seeds=4):
+    "Arms that differ by 0.3 (up), 0.03 (near) and not at all (same), with a little noise."
+    rng = np.random.default_rng(1)
+    true = dict(base=0.5, up=0.8, near=0.53, same=0.5)
+    draw = lambda m: dict(mcq=dict(values=(m + rng.normal(0, 0.1, n)).tolist()), bpb=dict(values=(m + rng.normal(0, 0.1, n)).tolist()))
+    return {a: {str(s): draw(m) for s in range(seeds)} for a, m in true.items()}
+
+
+def claimed(arm, metric="mcq", **more): return dict(text=arm, metric=metric, arm=arm, base="base", **more)
+
+
+def test_too_small_to_matter_needs_a_stated_size_and_a_control():
+    runs, control = close_runs(), claimed("up", control=True)
+    verdicts = lambda *claims: [c["verdict"] for c in ablate.verdict(runs, list(claims))]
+    assert verdicts(control, claimed("same", matters=0.06)) == ["supported", "too small to matter"]
+    assert verdicts(control, claimed("same")) == ["supported", "not resolved at this size"]
+    assert verdicts(claimed("up"), claimed("same", matters=0.06)) == ["supported", "not resolved at this size"]  # nothing is marked as a control
+    assert verdicts(claimed("up", more=False, control=True), claimed("same", matters=0.06)) == ["refuted", "not resolved at this size"]
+    assert verdicts(claimed("up", metric="bpb", control=True), claimed("same", matters=0.06)) == ["supported", "not resolved at this size"]  # another metric
+    assert verdicts(control, claimed("same", matters=0.005)) == ["supported", "not resolved at this size"]
+    assert verdicts(control, claimed("near")) == ["supported", "supported"] and verdicts(control, claimed("near", matters=0.065)) == ["supported", "too small to matter"]
+    assert verdicts(control, claimed("up", matters=0.06)) == ["supported", "supported"]
+
+
+def test_equivalence_is_the_interval_within_the_margin():
+    runs, control = close_runs(), claimed("up", control=True)
+    r = ablate.compare(runs, "mcq", "same", "base")
+    edge = max(abs(r["low"]), abs(r["high"]))
+    for factor, want in ((1.001, "too small to matter"), (0.999, "not resolved at this size")):
+        assert ablate.verdict(runs, [control, claimed("same", matters=factor * edge)])[1]["verdict"] == want
+
+
+def test_equivalences_are_corrected_among_themselves():
+    runs = close_runs()
+    r = ablate.compare(runs, "mcq", "same", "base")
+    claims = [claimed("up", control=True), *[claimed("same", matters=1.001 * max(abs(r["low"]), abs(r["high"]))) for _ in range(2)]]
+    said = ablate.verdict(runs, claims)
+    assert [c["verdict"] for c in said[1:]] == ["not resolved at this size"] * 2 and said[1]["p_small"] == pytest.approx(2 * 0.05, rel=0.02)
+
+
+def test_a_true_difference_is_rarely_called_too_small(monkeypatch):
+    "True difference exactly at the margin: 2.5% by theory."
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # statsmodels calls it each time, which is most of the time
+    rng, wrong = np.random.default_rng(0), 0
+    values = lambda m: dict(mcq=dict(values=(m + rng.normal(0, 0.1, 30)).tolist()))
+    for _ in range(300):
+        runs = {a: {str(s): values(m) for s in range(3)} for a, m in dict(base=0, up=1, edge=0.05).items()}
+        wrong += ablate.verdict(runs, [claimed("up", control=True), claimed("edge", matters=0.05)])[1]["verdict"] == "too small to matter"
+    assert wrong <= 15
+
+
+def test_the_sentence_says_what_was_declared():
+    runs = close_runs()
+    small = ablate.verdict(runs, [claimed("up", control=True), claimed("same", matters=0.06)])[1]
+    assert "too small to matter" in ablate.sentence(small) and "differences below 6 points were declared not to matter" in ablate.sentence(small)
+    alone = ablate.verdict(runs, [claimed("same", matters=0.06)])[0]
+    assert "no positive control" in ablate.sentence(alone)
+
+
+def test_a_claim_without_an_interval_is_said_and_drawn():
+    runs = {a: {"0": dict(mcq=dict(values=[v] * 4, groups=["a"] * 4))} for a, v in dict(base=0.0, up=1.0).items()}
+    said = ablate.verdict(runs, [claimed("up")])
+    assert said[0]["verdict"] == "not resolved at this size" and "no interval" in ablate.sentence(said[0]) and "too few groups" in ablate.sentence(said[0])
+    ablate.forest(said), ablate.effects(runs, "mcq", "base")
+    json.dumps(said, allow_nan=False)
 
 
 def test_the_forest_shows_every_claim_in_its_panel():
     claims = [dict(text=f"claim {i}", metric=m, diff=d, low=d - 0.1, high=d + 0.1, verdict=v) for i, (m, d, v) in enumerate(
-        [("mcq", 0.3, "supported"), ("bpb", -0.2, "refuted"), ("mcq", 0.05, "not resolved at this size")])]
+        [("mcq", 0.3, "supported"), ("bpb", -0.2, "refuted"), ("mcq", 0.05, "not resolved at this size"), ("bpb", 0.01, "too small to matter")])]
     fig = ablate.forest(claims, {"mcq": ("points", 100)})
     upper, lower = fig.axes
     assert [t.get_text() for t in upper.get_yticklabels()] == ["claim 0", "claim 2"] and "points" in upper.get_xlabel() and "bpb" in lower.get_xlabel()
     points = [(float(c.lines[0].get_xdata()[0]), c.lines[0].get_color()) for ax in fig.axes for c in ax.containers]
-    assert [x for x, _ in points] == pytest.approx([30, 5, -0.2]) and len({colour for _, colour in points}) == 3
+    assert [x for x, _ in points] == pytest.approx([30, 5, -0.2, 0.01]) and len({colour for _, colour in points}) == 4
     assert {t.get_text() for t in fig.legends[0].get_texts()} == {c["verdict"] for c in claims}
 
 
@@ -153,7 +267,9 @@ def test_detectable_has_the_power_it_says():
     (lambda: ablate.run(None, {"a": {}}, (0,), "x"), "at least two arms"),
     (lambda: ablate.run(None, {"a": {}, "b": {}}, (0, 0), "x"), "each once"),
     (lambda: ablate.difference([[1, 0]], [[1, 0, 0]]), "same seeds"),
-    (lambda: ablate.difference([[1, 0]], [[0, 0]], ["a", "a"]), "one group"),
+    (lambda: ablate.difference([[]], [[]]), "same seeds"),
+    (lambda: ablate.verdict(runs_of({"a": 0, "b": 0}), [dict(text="t", metric="mcq", arm="a", base="b", matters=-1)]), "above 0"),
+    (lambda: ablate.design(dict(seed=0, group=1, both=0), 0, 5), "at least 1 seed"),
     (lambda: ablate.compare(runs_of({"a": 0, "b": 0}), "mcq", "aa", "b"), "did you mean 'a'"),
     (lambda: ablate.compare(runs_of({"a": 0, "b": 0}), "mcp", "a", "b"), "did you mean 'mcq'"),
     (lambda: ablate.run(None, {"1:1": {}, "1-1": {}}, (0,), "x"), "share a file"),

@@ -9,8 +9,8 @@ import torch
 from domain_llm import demo, evaluate
 from domain_llm.ablate import difference
 from domain_llm.core import InputError
-from domain_llm.evaluate import (accuracy_interval, bits_per_byte, bootstrap, check_questions, circular, compare_plot, export_lm_eval, multiple_choice, paired, paths, permute,
-                                 read_questions, retention, screen, screen_plot, tree, tree_mask, wilson)
+from domain_llm.evaluate import (accuracy_interval, bits_per_byte, by_part, check_questions, circular, compare_plot, export_lm_eval, multiple_choice, paired, paths, permute,
+                                 ratio_interval, read_questions, retention, said_interval, screen, screen_plot, tree, tree_mask, wilson)
 from domain_llm.evaluate import _asked, _pack, _parts, _rate, _score, _takes_trees
 from domain_llm.models import load, load_tokenizer, tiny
 
@@ -407,6 +407,21 @@ def test_jsonl(tmp_path):
     path.write_text(json.dumps(dict(GOOD, group="sums")) + "\n\n" + json.dumps(GOOD) + "\n", encoding="utf-8-sig")
     assert read_questions(path) == [dict(GOOD, group="sums"), dict(GOOD, group="q:2")]
 
+def test_parts_are_kept_and_taken_apart(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(json.dumps(dict(GOOD, **more)) for more in (dict(part="taught"), dict(), dict(part="held-out"))))
+    assert [q.get("part") for q in read_questions(path)] == ["taught", None, "held-out"]
+    path.write_text(json.dumps(dict(GOOD, part=1)))
+    with pytest.raises(InputError, match="part must be a text"): read_questions(path)
+
+def test_by_part_is_the_accuracy_of_each_part():
+    parts, groups = ["taught"] * 20 + ["held-out"] * 20 + [None] * 2, [i // 4 for i in range(42)]
+    right = [True] * 15 + [False] * 5 + [True, False] * 10 + [True] * 2
+    found = by_part(_rate(right, groups), parts)
+    assert list(found) == ["taught", "held-out"] and [r["accuracy"] for r in found.values()] == [.75, .5] and [r["n"] for r in found.values()] == [20, 20]
+    assert (found["taught"]["low"], found["taught"]["high"]) == accuracy_interval(right[:20], groups[:20])
+    with pytest.raises(InputError, match="42 questions"): by_part(_rate(right, groups), parts[:5])
+
 def test_mmlu_csv(tmp_path):
     path = tmp_path / "m.csv"
     path.write_text('question,choice0,choice1,choice2,choice3,answer\n"Two\nlines, quoted",a,b,c,d,3\nThree choices,a,b,c,,0\n')
@@ -468,36 +483,56 @@ def test_wilson_known_values():
     for k, n in ((1, 0), (3, 2), (-1, 5)):
         with pytest.raises(InputError): wilson(k, n)
 
-def test_mcnemar_by_hand():
+def test_paired_is_the_paired_t_test():
+    from scipy.stats import ttest_rel
     before = [1] * 50 + [0] * 50
     after = [1] * 48 + [0] * 2 + [1] * 9 + [0] * 41
-    r = paired(before, after)
+    r, want = paired(before, after), ttest_rel(after, before)
     assert (r["gained"], r["lost"], r["diff"]) == (9, 2, pytest.approx(0.07))
-    assert r["p"] == pytest.approx(2 * (1 + 11 + 55) / 2048)
-    assert r["low"] < 0.07 < r["high"] and paired(before, before)["p"] == 1.0
+    assert (r["low"], r["high"]) == pytest.approx(tuple(want.confidence_interval())) and r["p"] == pytest.approx(want.pvalue)
+    same = paired(before, before)
+    assert (same["diff"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
+
+def test_paired_by_group_is_the_t_test_of_the_groups():
+    from scipy.stats import ttest_1samp
+    rng = np.random.default_rng(0)
+    before, after = rng.random((2, 80)) < [[.4], [.6]]
+    want = ttest_1samp((after.astype(float) - before).reshape(8, 10).mean(1), 0)
+    r = paired(before, after, np.repeat(np.arange(8), 10))
+    assert (r["low"], r["high"], r["p"]) == pytest.approx((*want.confidence_interval(), want.pvalue))
 
 def test_paired_needs_the_same_questions():
     for a, b in (([1], [1, 0]), ([], [])):
         with pytest.raises(InputError, match="same questions twice"): paired(a, b)
 
-def test_bootstrap_of_a_mean_agrees_with_theory():
-    x = np.random.default_rng(0).normal(3, 2, 400)
-    low, high = bootstrap(x)
-    assert high - low == pytest.approx(2 * 1.96 * x.std() / 20, rel=0.1) and low < x.mean() < high
-    assert bootstrap(x) == bootstrap(x)  # the same seed gives the same interval
+def test_interval_of_a_mean_is_the_t_interval():
+    from scipy.stats import t
+    x = np.random.default_rng(0).normal(3, 2, 12)
+    assert ratio_interval(x) == pytest.approx(t.interval(0.95, 11, x.mean(), x.std(ddof=1) / 12 ** .5))
 
-def test_bootstrap_ratio_keeps_pairs_together():
+def test_interval_of_a_ratio_by_hand():
+    "Three documents: the ratio is 12 / 6 = 2, without one of them 11 / 5, 9 / 4 and 4 / 3; t(2) is 4.3027."
+    se = math.sqrt(2 / 3 * (0.2 ** 2 + 0.25 ** 2 + (2 / 3) ** 2))
+    assert ratio_interval([1, 3, 8], [1, 2, 3]) == pytest.approx((2 - 4.3027 * se, 2 + 4.3027 * se), rel=1e-4)
+
+def test_a_ratio_keeps_pairs_together():
     size = np.array([1, 10, 100, 1000] * 20)
-    assert bootstrap(2.5 * size, size) == pytest.approx((2.5, 2.5))
+    assert ratio_interval(2.5 * size, size) == pytest.approx((2.5, 2.5))
 
 def test_clusters_widen_the_interval():
     x = np.random.default_rng(0).integers(0, 2, 50)
-    eight = np.repeat(x, 8)
-    free, tied = bootstrap(eight), bootstrap(eight, groups=np.repeat(np.arange(50), 8))
-    assert tied == pytest.approx(bootstrap(x), abs=0.03) and (tied[1] - tied[0]) / (free[1] - free[0]) == pytest.approx(8 ** .5, rel=0.15)
-    assert accuracy_interval(eight, np.repeat(np.arange(50), 8)) == tied
+    eight, facts = np.repeat(x, 8), np.repeat(np.arange(50), 8)
+    free, tied = ratio_interval(eight), ratio_interval(eight, groups=facts)
+    assert tied == pytest.approx(ratio_interval(x)) and (tied[1] - tied[0]) / (free[1] - free[0]) == pytest.approx(8 ** .5, rel=0.05)
+    assert accuracy_interval(eight, facts) == tied
     assert accuracy_interval(x, np.arange(50)) == wilson(int(x.sum()), 50)
-    assert accuracy_interval([1] * 40, [0, 1] * 20) == wilson(40, 40)  # all right: the bootstrap would claim certainty
+
+def test_all_right_counts_each_group_once():
+    assert accuracy_interval([1] * 40, [0, 1] * 20) == wilson(2, 2) and accuracy_interval([0] * 40, [0, 1] * 20) == wilson(0, 2)
+
+def test_one_group_has_no_interval():
+    assert accuracy_interval([1, 0, 1], ["a"] * 3) == (None, None) and ratio_interval([1.0]) == (None, None)
+    assert "no interval" in said_interval(None, None) and said_interval(.25, .5) == "95% interval 25% to 50%"
 
 @pytest.mark.parametrize("n", [20, 113, 500])
 def test_wilson_covers(n):
@@ -507,16 +542,46 @@ def test_wilson_covers(n):
     cover = [binom.pmf(k, n, p)[(bounds[:, 0] <= p) & (p <= bounds[:, 1])].sum() for p in np.linspace(.02, .98, 193)]
     assert 0.945 < np.mean(cover) < 0.96 and min(cover) > 0.88
 
-def test_bootstrap_by_group_covers():
-    "1,000 sets of 60 facts with 4 questions each, where knowing a fact decides about all four."
-    rng, facts, inside = np.random.default_rng(0), np.repeat(np.arange(60), 4), np.zeros((1000, 2))
-    for i in range(1000):
-        right = rng.random(240) < np.repeat(rng.beta(.5, .5, 60), 4)
-        for j, groups in enumerate((facts, None)):
-            low, high = bootstrap(right, groups=groups, n=500)
-            inside[i, j] = low <= 0.5 <= high
-    by_fact, free = inside.mean(0)
-    assert 0.92 < by_fact < 0.97 and free < 0.85  # the truth for 2.5 times the variance: 0.785
+@pytest.mark.parametrize("G", [3, 5, 10, 30])
+def test_accuracy_interval_covers(G):
+    "1,500 sets of a few groups with 4 to 12 questions each; how much of a group is known differs from group to group."
+    rng, inside = np.random.default_rng(G), []
+    for _ in range(1500):
+        size = rng.integers(4, 13, G)
+        known = rng.binomial(size, rng.beta(2, 2, G))
+        correct = np.concatenate([np.arange(n) < k for n, k in zip(size, known)])
+        low, high = accuracy_interval(correct, np.repeat(np.arange(G), size))
+        inside.append(low <= 0.5 <= high)
+    assert 0.92 < np.mean(inside) < 0.985
+
+@pytest.mark.parametrize("G", [3, 5, 10, 30])
+def test_all_or_none_of_a_group_covers(G):
+    "Machines of which all is known, four in five of them, or nothing: often all answers are right."
+    rng = np.random.default_rng(G)
+    found = [accuracy_interval(np.repeat(rng.random(G) < .8, 8), np.repeat(np.arange(G), 8)) for _ in range(1500)]
+    assert np.mean([low <= .8 <= high for low, high in found]) > 0.93
+
+@pytest.mark.parametrize("G", [3, 5, 10, 30])
+def test_ratio_interval_covers(G):
+    "2,000 sets of documents of unequal length, whose bits per byte scatter around 0.8."
+    rng, inside = np.random.default_rng(G), []
+    for _ in range(2000):
+        size = rng.lognormal(6, .5, G)
+        low, high = ratio_interval(size * rng.normal(.8, .15, G), size)
+        inside.append(low <= .8 <= high)
+    assert 0.92 < np.mean(inside) < 0.97
+
+@pytest.mark.parametrize("G", [2, 3, 5, 8])
+@pytest.mark.parametrize("luck", [0, .2])
+def test_a_change_by_luck_is_rarely_resolved(G, luck):
+    "Null effects: the ten questions of a group share their luck, which is as often good as bad."
+    rng, labels, seen, low_p = np.random.default_rng(G), np.repeat(np.arange(G), 10), 0, 0
+    for _ in range(1000):
+        up = np.repeat(rng.uniform(-luck, luck, G), 10)
+        r = paired(rng.random(10 * G) < .5, rng.random(10 * G) < .5 + up, labels)
+        seen += r["low"] is not None and not r["low"] <= 0 <= r["high"]
+        low_p += r["p"] < 0.05
+    assert low_p == seen <= 65  # 50 expected; 65 is two standard deviations more
 
 def test_paired_covers():
     "1,000 changes of +10 points on 60 facts with 3 questions each; half of the facts get better, half worse."
@@ -527,13 +592,17 @@ def test_paired_covers():
         inside.append(r["low"] <= 0.1 <= r["high"])
     assert 0.92 < np.mean(inside) < 0.97
 
-def test_mcnemar_rejects_no_more_than_it_says(monkeypatch):
-    monkeypatch.setattr(evaluate, "bootstrap", lambda *a, **k: (0, 0))  # only p is looked at
-    rng = np.random.default_rng(2)
-    p = [paired(rng.random(120) < .5, rng.random(120) < .5)["p"] for _ in range(1000)]
-    assert 0.02 < np.mean(np.array(p) < 0.05) < 0.065
+def test_one_group_tells_no_change_from_luck():
+    r = paired([1, 0, 0], [1, 1, 1], ["a"] * 3)
+    assert (r["low"], r["high"], r["p"], r["gained"], r["lost"]) == (None, None, 1.0, 2, 0) and r["diff"] == pytest.approx(2 / 3)
 
-def test_one_item_has_no_interval(): assert all(map(math.isnan, bootstrap([1.0])))
+def test_results_without_an_interval_are_json(model, tok):
+    text = bits_per_byte(model, tok, ["One text."], per_doc=True)
+    quiz = multiple_choice(model, tok, [dict(q, group="one") for q in QUESTIONS])
+    assert (text["low"], text["high"], quiz["low"], quiz["high"]) == (None,) * 4
+    r = retention({"text": text, "quiz": quiz}, {"text": text, "quiz": quiz})
+    assert (r["text"]["low"], r["quiz"]["low"]) == (None, None) and "too few groups to tell" in r["verdict"]
+    json.dumps([text, quiz, r, screen({1: quiz, 2: quiz}), by_part(quiz, list("aabb"))], allow_nan=False)
 
 def test_retention():
     text = lambda f: dict(bpb=0.8 * f, low=0.7 * f, high=0.9 * f, bytes=300, tokens=90, docs=[(f * n, 100) for n in (50, 60, 70)])
@@ -541,7 +610,7 @@ def test_retention():
     a, b = [True] * 61 + [False] * 39, [True] * 60 + [False] * 40
     r = retention({"general ability": text(1), "common knowledge": quiz(a)}, {"general ability": text(1.021), "common knowledge": quiz(b)})
     assert r["general ability"]["ratio"] == pytest.approx(1.021) and r["general ability"]["low"] == pytest.approx(1.021)
-    assert r["verdict"] == "general ability: 2.1% more bits per byte (95% interval +2.1% to +2.1%); common knowledge: 61% -> 60%, no significant change (p=1)"
+    assert r["verdict"] == "general ability: 2.1% more bits per byte (95% interval +2.1% to +2.1%); common knowledge: 61% -> 60%, no significant change (p=0.32, 95% interval -3 to +1 points)"  # one of a hundred: t(99) is 1
     assert "a significant change" in retention({"q": quiz(a)}, {"q": quiz([False] * 100)})["verdict"]
     assert "fewer bits" in retention({"t": text(1)}, {"t": text(.9)})["verdict"]
     with pytest.raises(InputError, match="300 bytes before and 200"): retention({"t": text(1)}, {"t": dict(text(1), bytes=200)})
@@ -594,7 +663,7 @@ def draw(rng, rates, luck=.1):
 
 def skip_what_is_not_tested(monkeypatch):
     "For speed: no intervals of single figures, and no garbage collection in every call of statsmodels."
-    monkeypatch.setattr(evaluate, "bootstrap", lambda *a, **k: (1, 0))
+    monkeypatch.setattr(evaluate, "accuracy_interval", lambda *a: (0, 1))
     monkeypatch.setattr(gc, "collect", lambda: 0)
 
 def test_equal_checkpoints_are_called_equal(monkeypatch):
@@ -636,7 +705,7 @@ def test_compare_plot():
     import matplotlib
     matplotlib.use("Agg")
     quiz = dict(accuracy=.5, low=.4, high=.6, chance=.25)
-    fig = compare_plot({"text": dict(bpb=1.0, low=math.nan, high=math.nan), "quiz": quiz}, {"text": dict(bpb=1.2, low=1.1, high=1.3), "quiz": quiz})
+    fig = compare_plot({"text": dict(bpb=1.0, low=None, high=None), "quiz": quiz}, {"text": dict(bpb=1.2, low=1.1, high=1.3), "quiz": quiz})
     left, right = fig.axes
     assert "bits per byte" in left.get_ylabel() and right.get_ylabel() == "correct (%)" and right.get_title() == "quiz"
     assert any(list(line.get_ydata()) == [25, 25] for line in right.lines)
