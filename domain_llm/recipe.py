@@ -399,9 +399,8 @@ def values(found:dict): # as `figures` gives them
 def _change(before, after):
     "`ablate.difference` of one figure after and before training; None where there is only one group of items, which says nothing of others."
     from domain_llm.ablate import difference
-    groups = after.get("groups")
-    if len(set(groups or range(len(after["values"])))) < 2: return None
-    return difference([after["values"]], [before["values"]], groups)
+    found = difference([after["values"]], [before["values"]], after.get("groups"))
+    return None if found["low"] is None else found
 
 def evaluate_stage(cfg, read, out):
     "Measure the trained model and compare it with the base model, item by item."
@@ -409,6 +408,8 @@ def evaluate_stage(cfg, read, out):
     first, last = values(before), values(found)
     for name, r in found.items():
         r["change"] = _change(first[name], last[name])
+    trained = read["model"].parent / "trained"  # there where the weights were interpolated: what that cost
+    if trained.exists(): write_json(out / "trained.json", _measure(cfg, read, str(trained)))
     write_json(out / "measured.json", found)
     return _headline(found)
 

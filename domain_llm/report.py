@@ -176,17 +176,18 @@ def collect(run, # folder of a run
     run = Path(run)
     manifests = [read_json(run / s / "manifest.json") for s in stages]
     by = {m["stage"]: m for m in manifests}
-    trained = [s for s in ("pretrain", "sft") if s in by]
+    ways = [s for s in ("pretrain", "sft") if s in by]
     before, after = read_json(run / "baseline" / "measured.json"), read_json(run / "evaluate" / "measured.json")
-    budget = by[trained[-1]]["settings"][trained[-1]]["forgetting_budget"]
-    share_kept = kept_share({s: by[s]["metrics"] for s in trained})
-    metrics = _flat(before, "before") | _flat(after, "after")
+    budget = by[ways[-1]]["settings"][ways[-1]]["forgetting_budget"]
+    share_kept = kept_share({s: by[s]["metrics"] for s in ways})
+    trained = read_json(run / "evaluate" / "trained.json") if (run / "evaluate" / "trained.json").exists() else None
+    metrics = _flat(before, "before") | _flat(after, "after") | (_flat(trained, "trained") if trained else {})
     metrics |= {f"{key}_change_{end}": (after[key]["change"] or {}).get(end) if key in after else None for key, _ in _FIGURES for end in ("low", "high")}
-    metrics |= dict(share_kept=share_kept, seconds=round(sum(m["seconds"] for m in manifests), 1), trained_tokens=sum(by[s]["metrics"]["tokens"] for s in trained),
+    metrics |= dict(share_kept=share_kept, seconds=round(sum(m["seconds"] for m in manifests), 1), trained_tokens=sum(by[s]["metrics"]["tokens"] for s in ways),
                     verdict=verdict(before, after, budget, share_kept))
-    return dict(cfg, before=before, after=after, manifests=manifests, by=by, budget=budget, trained=trained, metrics=metrics, answers=read_json(run / "answers" / "answers.json"),
+    return dict(cfg, before=before, after=after, manifests=manifests, by=by, budget=budget, ways=ways, trained=trained, metrics=metrics, answers=read_json(run / "answers" / "answers.json"),
                 screen=read_json(run / "screen" / "screen.json") if "screen" in by else None, checks=read_json(run / "quantize" / "checks.json") if "quantize" in by else None,
-                corpus=read_json(run / "corpus" / "report.json"), histories={s: read_json(run / s / "history.json") for s in trained})
+                corpus=read_json(run / "corpus" / "report.json"), histories={s: read_json(run / s / "history.json") for s in ways})
 
 def write_report(run, # folder of a run whose stages are done
                  out, # folder to write into

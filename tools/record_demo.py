@@ -1,49 +1,100 @@
-"""Run the demo in a fresh folder and record its figures in nbs/results/demo.json.
+"""Run the demo with several seeds, and once each with documents alone and with instructions alone, and record the figures in nbs/results/demo.json.
 
-    python tools/record_demo.py [--kills 10]
+    python tools/record_demo.py [--seeds 5] [--folder runs/record] [--kills 10]
 
-With --kills N a second run is killed with SIGKILL at N points spread over it and started again each time; its figures are recorded beside the first's.
+Every run is kept in the folder, so that calling it again goes on. With --kills N the first run is made once more, killed with SIGKILL at N random moments and
+started again each time; whether it ended with the same figures is recorded beside them.
 """
-import argparse, os, signal, subprocess, sys, tempfile, time
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
 from pathlib import Path
 
+import yaml
 
-def run(out, kill_after=None):
-    "Run the demo into `out`; with `kill_after`, SIGKILL it after so many seconds. Gives whether it ended by itself."
-    p = subprocess.Popen([str(Path(sys.executable).parent / "domain-llm"), "run", "--output", str(out)], start_new_session=True)
-    try: p.wait(kill_after)
+from domain_llm.core import load_result, read_json, save_result, write_json
+
+COMMAND = Path(sys.executable).parent / "domain-llm"
+
+
+def arms(demo, seeds):
+    "The recipes to run: name -> (seed, recipe)."
+    mixed = demo["mix"]["parts"]
+    alone = {k: v for k, v in mixed.items() if k != "instructions"}
+    tokens = demo["mix"]["tokens"]
+    tune = {"method": "full", **{k: v for k, v in demo["pretrain"].items() if k != "method"}, "epochs": demo_epochs(demo)}
+    found = {f"demo-{seed}": {**demo, "seed": seed} for seed in range(seeds)}
+    found["documents alone"] = {**demo, "mix": {**demo["mix"], "parts": alone, "tokens": tokens}, "sft": False, "quantize": False}
+    found["instructions alone"] = {**demo, "mix": {"parts": {"domain": 1}}, "pretrain": False, "sft": tune, "quantize": False}
+    return found
+
+
+def demo_epochs(demo):
+    "Passes over the conversations with which fine-tuning alone gives them as many tokens as the whole demo."
+    return demo.get("instruction_epochs", 4)
+
+
+def run(recipe, out, kill_after=None):
+    "Run a recipe; with `kill_after`, SIGKILL it after so many seconds. Gives whether it ended by itself."
+    path = Path(f"{out}.yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    process = subprocess.Popen([str(COMMAND), "run", str(path), "--output", str(out)], start_new_session=True)
+    try:
+        process.wait(kill_after)
     except subprocess.TimeoutExpired:
-        os.killpg(p.pid, signal.SIGKILL)
-        p.wait()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         return False
-    assert p.returncode == 0
+    assert process.returncode == 0, f"{out}: exit status {process.returncode}"
     return True
+
+
+def record(out):
+    "What is recorded of a finished run."
+    stages = {p.parent.name: read_json(p) for p in sorted(out.glob("*/manifest.json"))}
+    places = {"before": out / "baseline" / "measured.json", "trained": out / "evaluate" / "trained.json", "after": out / "evaluate" / "measured.json"}
+    measured = {when: read_json(path) for when, path in places.items() if path.exists()}
+    items = {when: {key: {k: r[k] for k in ("correct", "groups", "by_part", "docs", "bytes") if k in r} for key, r in found.items()} for when, found in measured.items()}
+    checks = read_json(out / "quantize" / "checks.json") if "quantize" in stages else None
+    return {**read_json(out / "metrics.json"), "items": items, "answers": read_json(out / "answers" / "answers.json"),
+            "stages": {name: {k: m.get(k) for k in ("seconds", "peak_memory_gb", "metrics")} for name, m in stages.items() if "metrics" in m},
+            "histories": {s: read_json(out / s / "history.json") for s in ("pretrain", "sft") if s in stages},
+            "corpus": {k: read_json(out / "corpus" / "report.json")[k] for k in ("steps", "dropped")}, "quantized": checks and checks["checks"]}
+
+
+def killed(recipe, out, whole, kills):
+    "Run a recipe once more, killed at random moments; whether the metrics are those of the whole run."
+    rng, times, usual = random.Random(0), 0, read_json(whole / "metrics.json")
+    while times < kills and not run(recipe, out, rng.uniform(5, 2 * usual["seconds"] / kills)): times += 1
+    run(recipe, out)
+    same = {k: v for k, v in read_json(out / "metrics.json").items() if k != "seconds"} == {k: v for k, v in usual.items() if k != "seconds"}
+    return dict(times=times, same_metrics=same)
 
 
 def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    a.add_argument("--seeds", type=int, default=5)
+    a.add_argument("--folder", type=Path, default=Path("runs/record"))
     a.add_argument("--kills", type=int, default=0)
     a = a.parse_args()
-    from domain_llm.core import read_json, save_result
-    Path("runs").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir="runs") as d:
-        start = time.time()
-        run(Path(d) / "whole")
-        wall, out = time.time() - start, Path(d) / "whole"
-        metrics = read_json(out / "metrics.json")
-        result = {**metrics, "seed": 0, "wall_seconds": round(wall, 1), "stages": {s: {k: m[k] for k in ("seconds", "peak_memory_gb", "metrics")} for s in ("corpus", "baseline", "pretrain", "sft", "evaluate", "quantize") for m in [read_json(out / s / "manifest.json")]},
-                  "histories": {s: read_json(out / s / "history.json") for s in ("pretrain", "sft")}, "corpus": {k: read_json(out / "corpus" / "report.json")[k] for k in ("steps", "dropped")},
-                  "items": {when: {k: {x: read_json(out / s / "measured.json")[k][x] for x in ("picks", "correct", "groups")} for k in ("domain_mcq", "general_mcq")} for when, s in (("before", "baseline"), ("after", "evaluate"))},
-                  "answers": {"before": read_json(out / "baseline" / "measured.json")["answers"], "after": read_json(out / "evaluate" / "measured.json")["answers"], "gguf": read_json(out / "quantize" / "checks.json")["answers"]},
-                  "quantized": read_json(out / "quantize" / "checks.json")["checks"]}
-        if a.kills:
-            killed = Path(d) / "killed"
-            points = [run(killed, wall / a.kills) for _ in range(a.kills)]
-            while not run(killed): pass
-            same = {k: v for k, v in read_json(killed / "metrics.json").items() if k != "seconds"} == {k: v for k, v in metrics.items() if k != "seconds"}
-            result["killed"] = dict(times=points.count(False), every_seconds=round(wall / a.kills, 1), same_metrics=same)
-            print(f"killed {points.count(False)} times: metrics {'equal' if same else 'DIFFER'}")
-        print(save_result("demo", result, started=start))
+    demo, start = yaml.safe_load((files("domain_llm") / "data" / "demo.yaml").read_text(encoding="utf-8")), time.time()
+    found = {}
+    for name, recipe in arms(demo, a.seeds).items():
+        out = (a.folder / name.replace(" ", "-")).resolve()
+        began = time.time()
+        run(recipe, out)
+        found[name] = record(out)
+        print(f"{name}: {time.time() - began:.0f} s", flush=True)
+    result = dict(recipe=demo, runs=found)
+    if a.kills:
+        result["killed"] = killed({**demo, "seed": 0}, (a.folder / "killed").resolve(), (a.folder / "demo-0").resolve(), a.kills)
+    print(save_result("demo", result, started=start), load_result("demo").get("killed", ""))
 
 
 if __name__ == "__main__": main()
