@@ -90,10 +90,19 @@ The verdicts are printed, and the folder gets result.json, effects.png (the clai
     c = add("chat", "talk to a trained model in the terminal")
     c.add_argument("model", nargs="?", default="runs/demo", help="folder of a run, or a GGUF file (%(default)s)")
 
-    c = add("serve", "serve a trained model over an OpenAI-compatible API")
+    c = add("serve", "serve a trained model over an OpenAI-compatible API", """
+
+By default only programs on this machine reach the server, and no web page of another origin may read its answers.
+A key is a password that every request must carry. Put it into the environment variable DOMAIN_LLM_API_KEY: other
+users of the machine can read a key on the command line in the list of processes. Without a key, a web page in
+your browser can still make the server work, and one that uses DNS rebinding can read the answers.""")
     c.add_argument("model", nargs="?", default="runs/demo", help="folder of a run, or a GGUF file (%(default)s)")
     c.add_argument("--port", type=int, default=8080, help="(%(default)s)")
-    c.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine only")
+    c.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine only, any other needs a key")
+    c.add_argument("--api-key", action="append", default=[], metavar="KEY", help="accept this key (may be repeated; visible in the list of processes)")
+    c.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help="let web pages of this origin, such as http://127.0.0.1:3000, use the server (one origin)")
+    c.add_argument("--context", type=int, default=4096, metavar="N", help="longest conversation, in tokens; longer ones are refused (%(default)s)")
+    c.add_argument("--slots", type=int, default=1, metavar="N", help="requests answered at the same time, each with its own context in memory (%(default)s)")
     return p
 
 # %% ../nbs/18_cli.ipynb #4defa206
@@ -189,7 +198,7 @@ def _chat(a):
 
 def _serve(a):
     from domain_llm.quantize import serve
-    serve(_gguf(a.model), port=a.port, host=a.host)
+    serve(_gguf(a.model), a.host, a.port, a.context, a.slots, a.api_key, a.allow_origin)
 
 # %% ../nbs/18_cli.ipynb #daa1a4c6
 def main(argv=None): # the words after "domain-llm"; the process's own when not given

@@ -210,7 +210,22 @@ def test_port_in_use(tmp_path, capsys):
         s.bind(("127.0.0.1", 0)); s.listen()
         port = s.getsockname()[1]
         status, err = call(capsys, "serve", tmp_path / "m.gguf", "--port", port)
-    assert status == 2 and (str(port) in err or "GGUF" in err)
+    assert status == 2 and f"port {port} on 127.0.0.1 cannot be opened" in err and "--port" in err
+
+
+@pytest.mark.parametrize("options, said", [(["--host", "0.0.0.0"], "no API key"), (["--allow-origin", "http://a.example", "--allow-origin", "http://b.example"], "only one"),
+                                           (["--context", "0"], "--context is 0"), (["--slots", "0"], "--slots is 0"), (["--api-key", ""], "API key")])
+def test_serve_refuses(options, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("DOMAIN_LLM_API_KEY", raising=False)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    status, err = call(capsys, "serve", tmp_path / "m.gguf", *options)
+    assert status == 2 and said in err
+
+
+def test_serve_help_warns_of_keys_on_the_command_line(capsys):
+    with pytest.raises(SystemExit): cli.main(["serve", "--help"])
+    out = capsys.readouterr().out
+    assert "DOMAIN_LLM_API_KEY" in out and "list of processes" in out
 
 
 @pytest.mark.parametrize("command", ["chat", "serve"])

@@ -1,5 +1,5 @@
 """Merging, export to GGUF, comparison with the original, and serving."""
-import io, json, os, signal, socket, subprocess, sys, time, urllib.request
+import io, json, os, shutil, signal, socket, subprocess, sys, threading, time, urllib.error, urllib.request
 from pathlib import Path
 from unittest.mock import patch
 
@@ -104,6 +104,151 @@ def test_output_mistakes(made, tmp_path, what):
     assert (tmp_path / "mine" / "thesis.txt").exists() and (base / "config.json").exists()
 
 
+def test_merge_replaces_only_what_it_wrote(made, tok, tmp_path):
+    base, adapter, out = made["root"] / "base", made["root"] / "adapter", tmp_path / "m"
+    models.tiny(tok).save_pretrained(out)
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="did not write"): quantize.merge(base, adapter, out)
+    assert (out / "model.safetensors").read_bytes() == before
+    shutil.rmtree(out)
+    quantize.merge(base, adapter, out)
+    quantize.merge(base, adapter, out)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="notes.txt"): quantize.merge(base, adapter, out)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def named(made, tmp_path, dtype=None):
+    "A copy of the base (in another type) and of the adapter, which names that base; gives both folders."
+    base, adapter = tmp_path / "base", tmp_path / "pumps"
+    shutil.copytree(made["root"] / "base", base)
+    if dtype: models.load(str(base), dtype=dtype)[0].save_pretrained(base)
+    shutil.copytree(made["root"] / "adapter", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    return base, adapter
+
+
+def left(out):
+    "The names in a folder that are not GGUF files or the record of them."
+    return [p.name for p in out.iterdir() if p.suffix != ".gguf" and p.name != "export.json"]
+
+
+def test_an_adapter_folder_exports_as_its_merged_model(made, tok, tmp_path):
+    base, adapter = named(made, tmp_path)
+    files = quantize.export_gguf(adapter, tmp_path / "g", ("f32", "q8_0"))
+    assert files["q8_0"] == tmp_path / "g" / "pumps-q8_0.gguf"
+    # the same matrices as the merged folder's; only the model's name in the file differs
+    from gguf import GGUFReader
+    one, two = ({t.name: np.array(t.data) for t in GGUFReader(p).tensors} for p in (files["q8_0"], made["files"]["q8_0"]))
+    assert one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
+    assert left(tmp_path / "g") == [] and sorted(p.name for p in tmp_path.iterdir()) == ["base", "g", "pumps"]
+    r = quantize.check(files["f32"], adapter, prompts=["What is this?"], max_tokens=8)
+    assert r["ok"] and r["kl"] < 1e-3, r
+    r = quantize.check(files["f32"], base, prompts=["What is this?"], max_tokens=16)
+    assert not r["ok"], "the base without the adapter is another model"
+
+
+def test_an_adapter_is_merged_in_the_type_of_its_base(made, tmp_path):
+    from gguf import GGUFReader
+    base, adapter = named(made, tmp_path, torch.bfloat16)
+    path = quantize.export_gguf(adapter, tmp_path / "g", "bf16")["bf16"]
+    weights = {t.name: t for t in GGUFReader(path).tensors}
+    assert weights["blk.0.attn_q.weight"].tensor_type.name == "BF16"
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(models.load(str(base), dtype=torch.bfloat16)[0], str(adapter))
+    layer = model.base_model.model.model.layers[0].mlp.down_proj # a matrix that the converter does not reorder
+    want = (layer.weight.float() + layer.get_delta_weight("default").float()).detach().numpy()
+    from gguf import quants
+    got = quants.dequantize(weights["blk.0.ffn_down.weight"].data, weights["blk.0.ffn_down.weight"].tensor_type).reshape(want.shape)
+    assert np.abs(got - want).max() <= np.abs(want).max() * 2**-8, "rounded once, to 8 bits of mantissa"
+
+
+def test_the_record_of_an_adapter_depends_on_both_folders(made, tmp_path):
+    base, adapter = named(made, tmp_path)
+    out, calls = tmp_path / "g", []
+    def convert(folder, path): calls.append(folder); return Path(shutil.copy(made["files"]["f32"], path))
+    def change(path): weights = bytearray(path.read_bytes()); weights[-1] ^= 1; path.write_bytes(weights)
+    with patch.object(quantize, "_convert", side_effect=convert):
+        quantize.export_gguf(adapter, out, "q8_0"); quantize.export_gguf(adapter, out, "q8_0")
+        assert len(calls) == 1
+        change(adapter / "adapter_model.safetensors")
+        quantize.export_gguf(adapter, out, "q8_0"); quantize.export_gguf(adapter, out, "q8_0")
+        assert len(calls) == 2
+        change(base / "model.safetensors")
+        quantize.export_gguf(adapter, out, "q8_0"); quantize.export_gguf(adapter, out, "q8_0")
+        assert len(calls) == 3
+
+
+def test_nothing_stays_after_an_error_with_an_adapter(made, tmp_path):
+    base, adapter = named(made, tmp_path)
+    with patch.object(quantize, "_convert", side_effect=InputError("no")), pytest.raises(InputError, match="no"): quantize.export_gguf(adapter, tmp_path / "g", "q8_0")
+    assert list((tmp_path / "g").iterdir()) == []
+    (adapter / "adapter_model.safetensors").write_bytes(b"junk")
+    with pytest.raises(InputError, match="does not fit"): quantize.export_gguf(adapter, tmp_path / "g", "q8_0")
+    assert list((tmp_path / "g").iterdir()) == []
+    shutil.rmtree(base)
+    with pytest.raises(InputError, match=f"names the base model '{base}'"): quantize.export_gguf(adapter, tmp_path / "g", "q8_0")
+
+
+def test_an_adapter_may_name_a_base_in_the_hubs_cache(made, tmp_path):
+    base, adapter = named(made, tmp_path)
+    repo = tmp_path / "hub" / "models--some--base"
+    shutil.copytree(base, repo / "snapshots" / "0123456789abcdef0123456789abcdef01234567")
+    (repo / "refs").mkdir(); (repo / "refs" / "main").write_text("0123456789abcdef0123456789abcdef01234567")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "some/base"}))
+    code = f"from domain_llm.quantize import export_gguf; print(export_gguf({str(adapter)!r}, {str(tmp_path / 'g')!r}, 'q8_0'))"
+    p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"})
+    assert p.returncode == 0 and (tmp_path / "g" / "pumps-q8_0.gguf").exists(), p.stderr
+
+
+def test_a_foreign_file_in_the_way_is_never_replaced(made, tmp_path):
+    out = tmp_path / "g"; out.mkdir()
+    planted = out / "merged-q8_0.gguf"
+    planted.write_bytes(b"GGUF somebody's")
+    with pytest.raises(InputError, match="merged-q8_0.gguf is in the way"): quantize.export_gguf(made["merged"], out, ("f32", "q8_0"))
+    assert planted.read_bytes() == b"GGUF somebody's" and list(out.iterdir()) == [planted]
+    planted.unlink()
+    (out / "export.json").write_text('{"orders": [1, 2]}')
+    with pytest.raises(InputError, match="export.json"): quantize.export_gguf(made["merged"], out, "q8_0")
+    assert (out / "export.json").read_text() == '{"orders": [1, 2]}' and list(out.iterdir()) == [out / "export.json"]
+
+
+def test_an_export_that_is_cut_while_it_moves_a_file_goes_on(made, tmp_path):
+    shutil.copytree(made["root"] / "gguf", tmp_path / "g")
+    merged = shutil.copytree(made["merged"], tmp_path / "merged")
+    weights = bytearray((merged / "model.safetensors").read_bytes()); weights[-1] ^= 1; (merged / "model.safetensors").write_bytes(weights)
+    for function in ("write_json", "os.replace"):
+        with patch(f"domain_llm.quantize.{function}", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            quantize.export_gguf(merged, tmp_path / "g", "q8_0")
+    path = quantize.export_gguf(merged, tmp_path / "g", "q8_0")["q8_0"]
+    assert json.loads((tmp_path / "g" / "export.json").read_text())[path.name]["bytes"] == path.stat().st_size
+    assert path.read_bytes() != made["files"]["q8_0"].read_bytes()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals and locks")
+def test_what_a_killed_export_left_is_removed(made, tmp_path):
+    out = tmp_path / "g"
+    for name in (".export-mine", ".exported"): (out / name).mkdir(parents=True); (out / name / "thesis.txt").write_text("x")
+    code = ("import time\nfrom domain_llm import quantize\nquantize._convert = lambda *_: time.sleep(600)\n"
+            f"quantize.export_gguf({str(made['merged'])!r}, {str(out)!r}, 'q8_0')")
+    def start():
+        known = set(out.glob(".export-*"))
+        p = subprocess.Popen([sys.executable, "-c", code])
+        while not (new := [f for f in set(out.glob(".export-*")) - known if (f / quantize._LOCK).exists()]): assert p.poll() is None; time.sleep(0.1)
+        return p, new[0]
+    (killed, dead), (running, alive) = start(), start()
+    try:
+        killed.kill(); killed.wait()
+        (dead / "lossless.gguf").write_bytes(b"x" * 1000)
+        quantize.export_gguf(made["merged"], out, "q8_0")
+        assert not dead.exists() and alive.exists()
+    finally: running.kill(); running.wait()
+    quantize.export_gguf(made["merged"], out, "q8_0") # has nothing to convert, and cleans up all the same
+    assert not alive.exists() and (out / ".export-mine" / "thesis.txt").exists() and (out / ".exported" / "thesis.txt").exists()
+
+
 def test_dequantized_weights_are_within_the_blocks_bound(made):
     from gguf import GGUFReader, GGMLQuantizationType as Q, quants
     exact = {t.name: t for t in made["exact"].tensors}
@@ -146,7 +291,7 @@ def test_sizes_and_kept_files(made):
     assert not [p for p in (made["root"] / "gguf").iterdir() if p.name.startswith(".export")]
 
 
-def test_changed_weights_or_a_damaged_file_are_exported_again(made, tmp_path):
+def test_changed_weights_or_a_removed_file_are_exported_again(made, tmp_path):
     import shutil
     shutil.copytree(made["merged"], tmp_path / "merged"); shutil.copytree(made["root"] / "gguf", tmp_path / "gguf")
     path, calls = tmp_path / "gguf" / "merged-q8_0.gguf", []
@@ -155,6 +300,8 @@ def test_changed_weights_or_a_damaged_file_are_exported_again(made, tmp_path):
         export = lambda: quantize.export_gguf(tmp_path / "merged", tmp_path / "gguf", "q8_0")
         assert export()["q8_0"] == path and len(calls) == 0
         path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(InputError, match="in the way.*cut"): export()
+        path.unlink()
         export()
         assert len(calls) == 1 and path.read_bytes() == made["files"]["q8_0"].read_bytes()
         weights = tmp_path / "merged" / "model.safetensors"
@@ -194,7 +341,7 @@ def test_check_finds_what_is_wrong(made, tok, tmp_path, change):
     assert not r["ok"] and {"template": "chat template", "weights": "next token", "tokens": "tokens"}[change] in " ".join(r["problems"]), r
 
 
-@pytest.mark.parametrize("folder,types,match", [("adapter", "q8_0", "[Mm]erge"), ("nothing", "q8_0", "no model"), ("merged", "q4_k_m", "q4_k_m"), ("merged", "q8", "q8_0"), ("empty", "q8_0", "config.json")])
+@pytest.mark.parametrize("folder,types,match", [("nothing", "q8_0", "no model"), ("merged", "q4_k_m", "q4_k_m"), ("merged", "q8", "q8_0"), ("empty", "q8_0", "config.json")])
 def test_export_mistakes(made, tmp_path, folder, types, match):
     (made["root"] / "empty").mkdir(exist_ok=True)
     with pytest.raises(InputError, match=match): quantize.export_gguf(made["root"] / folder, tmp_path, types)
@@ -237,6 +384,188 @@ def test_server_answers_an_openai_request_and_stops(made, capfd):
     assert out == "" and err == ""
 
 
+def answered(url, path="/v1/chat/completions", method="POST", body=b'{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}', **headers):
+    "Status, headers and body of a request with exactly these headers (underscores stand for hyphens)."
+    import http.client
+    connection = http.client.HTTPConnection(url.split("//")[1], timeout=120)
+    connection.request(method, path, body if method == "POST" else None, {k.replace("_", "-"): v for k, v in headers.items()})
+    r = connection.getresponse()
+    return r.status, r.headers, r.read()
+
+
+def preflight(url, origin, path="/v1/chat/completions"):
+    "What a browser is told before a page of `origin` may send JSON and a key."
+    return answered(url, path, "OPTIONS", Origin=origin, Access_Control_Request_Method="POST", Access_Control_Request_Headers="authorization,content-type")
+
+
+def opens(headers, origin):
+    "Whether a browser would let a page of `origin` use the answer (Fetch standard, CORS check without credentials)."
+    return headers.get_all("Access-Control-Allow-Origin") in (["*"], [origin])
+
+
+def test_a_page_of_another_origin_has_no_access(made):
+    with quantize.server(made["files"]["q4_0"], port=0) as url:
+        port = url.rsplit(":", 1)[1]
+        for origin in ("http://evil.example", "null", "https://127.0.0.1", "http://localhost:1", f"http://evil.example:{port}"):
+            for path in ("/v1/chat/completions", "/completion", "/props", "/slots", "/health", "/v1/models"):
+                assert not opens(preflight(url, origin, path)[1], origin), (origin, path)
+            # a form or fetch of simple type is sent without asking; the page must not be able to read the answer
+            assert not opens(answered(url, Origin=origin, Content_Type="text/plain")[1], origin)
+            for path in ("/props", "/health", "/v1/models", "/slots"): assert not opens(answered(url, path, "GET", Origin=origin)[1], origin)
+
+
+def test_a_page_of_the_allowed_origin_has_access_and_no_other(made):
+    ours = "http://127.0.0.1:3000"
+    with quantize.server(made["files"]["q4_0"], port=0, api_keys=["k"], allow_origin=[ours]) as url:
+        status, headers, _ = preflight(url, ours)
+        assert status == 200 and opens(headers, ours) and "POST" in headers["Access-Control-Allow-Methods"]
+        assert "authorization" in headers["Access-Control-Allow-Headers"].lower(), "the star does not cover Authorization"
+        status, headers, _ = answered(url, Origin=ours, Content_Type="application/json", Authorization="Bearer k")
+        assert status == 200 and opens(headers, ours)
+        for origin in ("http://evil.example", "http://127.0.0.1:3001", "null"): assert not opens(preflight(url, origin)[1], origin)
+
+
+@pytest.mark.parametrize("origins,match", [(["*"], "'\\*' is not an origin"), (["http://a.example/page"], "is not an origin"), (["http://a\r\nX: 1"], "is not an origin"),
+                                           (["a.example"], "is not an origin"), (["http://a.example", "http://b.example"], "only one")])
+def test_origins_that_cannot_be_allowed(made, origins, match):
+    with pytest.raises(InputError, match=match):
+        with quantize.server(made["files"]["q4_0"], port=0, allow_origin=origins): pass
+
+
+def test_without_the_key_nothing_is_told(made):
+    with quantize.server(made["files"]["q4_0"], port=0, api_keys=["one", "two"]) as url:
+        for path in ("/v1/models", "/models", "/props", "/slots", "/metrics"): assert answered(url, path, "GET")[0] == 401, path
+        for headers in ({}, {"Authorization": "Bearer three"}, {"Authorization": "Bearer "}, {"Content_Type": "text/plain", "Host": "evil.example"}):
+            status, _, body = answered(url, **headers)
+            assert status == 401 and b"choices" not in body
+        assert answered(url, "/health", "GET")[0] == 200
+        for key in ("one", "two"): assert answered(url, Authorization=f"Bearer {key}")[0] == 200
+        assert quantize._post(url + "/props", key="two")["total_slots"] == 1
+        with pytest.raises(InputError, match="Invalid API Key"): quantize._post(url + "/props")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.20", "my-machine.lan", ""])
+def test_a_host_beyond_this_machine_needs_a_key(made, host):
+    with pytest.raises(InputError, match="no API key"):
+        with quantize.server(made["files"]["q4_0"], host=host, port=0): pass
+
+
+def test_a_host_beyond_this_machine_with_a_key(made):
+    with quantize.server(made["files"]["q4_0"], host="0.0.0.0", port=0, api_keys=["k"]) as url:
+        assert url.startswith("http://127.0.0.1:") and answered(url)[0] == 401 and answered(url, Authorization="Bearer k")[0] == 200
+
+
+@pytest.mark.parametrize("key", ["", " ", "two words", "ключ", "a\nb"])
+def test_keys_that_a_request_cannot_carry(made, key):
+    with pytest.raises(InputError, match="API key"):
+        with quantize.server(made["files"]["q4_0"], port=0, api_keys=[key]): pass
+
+
+def test_answers_name_the_model_and_not_its_path(made):
+    import tempfile
+    with quantize.server(made["files"]["q4_0"], port=0) as url:
+        listed, props = quantize._post(url + "/v1/models"), quantize._post(url + "/props")
+        told = [listed, props, quantize._post(url + "/slots"), ask(url, {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2})]
+    assert listed["data"][0]["id"] == props["model_alias"] == told[-1]["model"] == "merged-q4_0"
+    assert str(made["root"]) not in json.dumps(told)
+    assert not Path(props["model_path"]).exists() and Path(props["model_path"]).parent.parent == Path(tempfile.gettempdir())
+
+
+def test_context_and_slots(made):
+    with quantize.server(made["files"]["q4_0"], port=0, context=300, slots=2) as url:
+        props = quantize._post(url + "/props")
+        each = [s["n_ctx"] for s in quantize._post(url + "/slots")]
+        assert props["total_slots"] == 2 and len(each) == 2 and all(300 <= n < 600 for n in each), "a slot has the whole context, rounded up"
+        long = {"messages": [{"role": "user", "content": "word " * 700}], "max_tokens": 2}
+        with pytest.raises(urllib.error.HTTPError, match="400"): ask(url, long)
+        # an answer without a limit ends with the context
+        usage = ask(url, {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10**6})["usage"]
+        assert usage["total_tokens"] <= each[0]
+    for name, size in (("context", 0), ("slots", 0), ("slots", -1)):
+        with pytest.raises(InputError, match=f"--{name} is {size}"):
+            with quantize.server(made["files"]["q4_0"], port=0, **{name: size}): pass
+
+
+def test_a_huge_request_is_refused_and_does_not_stop_the_others(made):
+    body = json.dumps({"messages": [{"role": "user", "content": "word " * 2_000_000}], "max_tokens": 2}).encode() # 10 MB
+    with quantize.server(made["files"]["q4_0"], port=0, context=512) as url:
+        found = []
+        huge = threading.Thread(target=lambda: found.append(answered(url, body=body)))
+        huge.start(); time.sleep(1)
+        small = answered(url)[0], huge.is_alive()
+        huge.join()
+        assert small == (200, True), "a small request is answered while the huge one is read"
+        assert found[0][0] == 400 and b"exceed" in found[0][2]
+        # 50 MB of something that is no conversation, and 150 MB, above what the server reads at all
+        assert answered(url, body=b" " * 50_000_000)[0] in (400, 500)
+        try: assert answered(url, body=b" " * 150_000_000)[0] == 413
+        except OSError: pass # it closes the connection while we still send
+        assert answered(url)[0] == 200
+
+
+def test_silent_clients_are_dropped(made):
+    with patch.object(quantize, "SILENCE", 2), quantize.server(made["files"]["q4_0"], port=0) as url:
+        host, port = url.split("//")[1].split(":")
+        waiting = [socket.create_connection((host, int(port)), timeout=30) for _ in range(20)]
+        for s in waiting: s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        assert answered(url)[0] == 200, "others are served meanwhile"
+        start = time.time()
+        for s in waiting:
+            while s.recv(4096): pass # an empty answer: the server closed the connection
+        assert time.time() - start < 20
+        for s in waiting: s.close()
+
+
+def test_a_server_that_hangs_does_not_hang_us(made):
+    with socket.socket() as s, patch.object(quantize, "PATIENCE", 1):
+        s.bind(("127.0.0.1", 0)); s.listen()
+        url, start = f"http://127.0.0.1:{s.getsockname()[1]}", time.time()
+        with pytest.raises(InputError, match="no answer within 1 seconds"): quantize._post(url, {"prompt": "x"})
+        with pytest.raises(InputError, match="no answer within 1 seconds"): list(quantize._stream(url, [], 1, 0))
+        hung = patch.object(quantize, "server", lambda *_, **__: __import__("contextlib").nullcontext(url))
+        with hung, pytest.raises(InputError, match="conversation 0.*no answer"): quantize.complete(made["files"]["q4_0"], ["Hi"])
+        # an answer that begins and does not go on
+        def begin(): c, _ = s.accept(); c.recv(9999); c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"); time.sleep(3); c.close()
+    with socket.socket() as s, patch.object(quantize, "PATIENCE", 1):
+        s.bind(("127.0.0.1", 0)); s.listen()
+        t = threading.Thread(target=begin); t.start()
+        with pytest.raises(InputError, match="no answer within"): quantize._post(f"http://127.0.0.1:{s.getsockname()[1]}", {})
+        t.join()
+    assert time.time() - start < 20
+    with pytest.raises(InputError, match="no server answers"): quantize._post(url, {})
+
+
+@pytest.fixture(scope="module")
+def client(made):
+    "The plain client of the package openai, and the class of its errors."
+    openai = pytest.importorskip("openai")
+    with quantize.server(made["files"]["q8_0"], port=0, api_keys=["right"]) as url:
+        yield lambda key="right": openai.OpenAI(base_url=url + "/v1", api_key=key, timeout=60, max_retries=0)
+
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def test_openai_client_chat(client):
+    reply = client().chat.completions.create(model="merged-q8_0", messages=HI, max_tokens=4, temperature=0)
+    assert reply.model == "merged-q8_0" and reply.choices[0].message.role == "assistant" and 0 < reply.usage.completion_tokens <= 4
+
+
+def test_openai_client_streams_the_same_answer(client):
+    whole = client().chat.completions.create(model="merged-q8_0", messages=HI, max_tokens=8, temperature=0).choices[0].message.content
+    parts = [c.choices[0].delta.content for c in client().chat.completions.create(model="merged-q8_0", messages=HI, max_tokens=8, temperature=0, stream=True) if c.choices]
+    assert len(parts) > 2 and "".join(p or "" for p in parts) == whole
+
+
+def test_openai_client_with_a_wrong_key(client):
+    import openai
+    for call in (lambda c: c.models.list(), lambda c: c.chat.completions.create(model="m", messages=HI, max_tokens=2)):
+        with pytest.raises(openai.AuthenticationError): call(client("wrong"))
+
+
+def test_openai_client_lists_the_model(client): assert [m.id for m in client().models.list()] == ["merged-q8_0"]
+
+
 def test_port_in_use(made):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0)); s.listen()
@@ -245,9 +574,9 @@ def test_port_in_use(made):
             with quantize.server(made["files"]["q4_0"], port=port): pass
     with quantize.server(made["files"]["q4_0"], port=port) as url: assert url.endswith(f":{port}")
     with quantize.server(made["files"]["q4_0"], port=port) as url: assert url.endswith(f":{port}")
-    for host, bad in (("127.0.0.1", 70000), ("no.such.host.invalid", 8080)):
-        with pytest.raises(InputError):
-            with quantize.server(made["files"]["q4_0"], host=host, port=bad): pass
+    for host, bad, said in (("127.0.0.1", 70000, "port 70000 does not exist"), ("no.such.host.invalid", 8080, "host 'no.such.host.invalid' is no address")):
+        with pytest.raises(InputError, match=said):
+            with quantize.server(made["files"]["q4_0"], host=host, port=bad, api_keys=["k"]): pass
 
 
 def test_files_that_are_no_model(made, tmp_path):
@@ -294,6 +623,31 @@ def test_serve_stops_clean(made, sign):
     p.send_signal(sign)
     out, err = p.communicate(timeout=20)
     assert p.returncode == 0 and "stopped" in out and err == "", (out, err)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_serve_takes_the_key_from_the_environment(made):
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    p = run(f"from domain_llm.cli import main; main(['serve', {str(made['files']['q8_0'])!r}, '--port', '{port}', '--api-key', 'second', '--context', '512', '--slots', '2'])",
+            env={**os.environ, "DOMAIN_LLM_API_KEY": "s3cret"})
+    told = "".join(p.stdout.readline() for _ in range(3))
+    url = f"http://127.0.0.1:{port}"
+    try:
+        assert url in told and "$DOMAIN_LLM_API_KEY" in told and "s3cret" not in told and "second" not in told
+        assert answered(url)[0] == 401
+        for key in ("s3cret", "second"): assert answered(url, Authorization=f"Bearer {key}")[0] == 200
+        assert quantize._post(url + "/props", key="second")["total_slots"] == 2
+    finally: p.send_signal(signal.SIGTERM)
+    out, err = p.communicate(timeout=20)
+    assert "stopped" in out and err == ""
+
+
+def test_helpers_work_while_the_environment_has_a_key(made, tok, monkeypatch, capsys):
+    monkeypatch.setenv("DOMAIN_LLM_API_KEY", "s3cret")
+    assert len(quantize.complete(made["files"]["q8_0"], ["Hi"], max_tokens=3)) == 1
+    assert quantize.check(made["files"]["f32"], made["model"], tok, ["Hi"], max_tokens=4)["ok"]
+    with patch("sys.stdin", io.StringIO("Hi\n/quit\n")): quantize.chat(made["files"]["q8_0"], max_tokens=3)
+    assert "refused" not in capsys.readouterr().out
 
 
 def test_whole_characters_are_found(tok):
