@@ -1,4 +1,5 @@
-import gc, json
+import gc, importlib.util, json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +7,9 @@ from scipy import stats
 
 from domain_llm import ablate
 from domain_llm.core import InputError
+
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def arms_of(n=3): return {f"1:{i}": dict(general=i) for i in range(n)}
@@ -126,7 +130,7 @@ def test_what_only_the_correction_leaves_open_asks_for_more():
     runs = {f"arm {i}": {"0": dict(mcq=dict(values=(d[i] * (i > 0)).tolist()))} for i in range(11)}
     said = ablate.verdict(runs, [dict(text="t", metric="mcq", arm=f"arm {i}", base="arm 0") for i in range(1, 11)])
     assert said[0]["low"] > 0 and said[0]["verdict"] == "not resolved at this size" and 95 < said[0]["needed"]["groups"] < 115  # by z: 50 (2.807 + 0.842)^2 / 2.5^2 = 107
-    assert f"would take about {said[0]['needed']['groups']} groups" in ablate.sentence(said[0])
+    assert "would take about 110 groups of items to be found with 80% probability" in ablate.sentence(said[0])  # two digits of it
 
 
 def test_needed_sizes_by_hand():
@@ -251,6 +255,38 @@ def test_the_forest_shows_every_claim_in_its_panel():
     points = [(float(c.lines[0].get_xdata()[0]), c.lines[0].get_color()) for ax in fig.axes for c in ax.containers]
     assert [x for x, _ in points] == pytest.approx([30, 5, -0.2, 0.01]) and len({colour for _, colour in points}) == 4
     assert {t.get_text() for t in fig.legends[0].get_texts()} == {c["verdict"] for c in claims}
+
+
+def recorder():
+    spec = importlib.util.spec_from_file_location("record_ablate", ROOT / "tools/record_ablate.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_a_record_is_judged_again_by_machine(tmp_path):
+    "Two machines of four facts each with two questions: by fact there are eight groups that agree, by machine two, which can agree by chance."
+    groups = [f"F{i // 2:05d}" for i in range(16)]
+    runs = {arm: {"0": dict(mcq=dict(values=[v] * 16, groups=groups), bpb=dict(values=[1.0, 2.0]))} for arm, v in dict(base=0, up=1).items()}
+    claim = dict(text="it helps", metric="mcq", arm="up", base="base")
+    path = tmp_path / "ablate_x.json"
+    path.write_text(json.dumps(dict(runs=runs, before=runs["base"]["0"], claims=ablate.verdict(runs, [claim]) , provenance=dict(date="2020-01-01"))))
+    assert json.loads(path.read_text())["claims"][0]["verdict"] == "supported"
+    recorder().again(path)
+    made = json.loads(path.read_text())
+    (c,) = made["claims"]
+    assert (c["groups"], c["low"], c["verdict"]) == (2, None, "not resolved at this size")
+    assert set(made["runs"]["up"]["0"]["mcq"]["groups"]) == {"machine 0", "machine 1"} and made["runs"]["up"]["0"]["mcq"]["values"] == [1] * 16
+    assert made["provenance"] == dict(date="2020-01-01") and made["recomputed"]["date"] > "2020"
+    recorder().again(path)
+    assert json.loads(path.read_text()) == made  # twice is once
+
+
+def test_the_records_are_judged_by_the_present_rules():
+    for path in (ROOT / "nbs/results").glob("ablate_*.json"):
+        record = json.loads(path.read_text())
+        assert not any(str(g).startswith("F0") for m in record["before"].values() for g in m.get("groups") or []), path
+        said = ablate.verdict(record["runs"], [{k: c[k] for k in recorder().STATED if k in c} for c in record["claims"]])
+        assert [(c["verdict"], c["needed"]) for c in said] == [(c["verdict"], c["needed"]) for c in record["claims"]], path
 
 
 def test_detectable_has_the_power_it_says():

@@ -1,13 +1,40 @@
 """Run a shipped experiment on a demo domain (nbs/recipes/ablate.yaml, or the recipe given) and record it in nbs/results/ablate_NAME.json.
 
     python tools/record_ablate.py mix [--seeds 3] [--tokens 30000] [--recipe nbs/recipes/select.yaml] [--data FOLDER]
+    python tools/record_ablate.py --again nbs/results/ablate_*.json
 
 The runs are kept in runs/ablate/NAME, so that calling it again goes on. With --data, the recipe's paths are in that folder and NAME is the recipe's.
+With --again nothing is trained: the verdicts of recorded files are computed again from their runs, by the rules of today.
 """
-import argparse, tempfile
+import argparse, re, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+STATED = "text", "metric", "arm", "base", "more", "margin", "matters", "control" # what a claim says before the experiment
+FACT = re.compile(r"F(\d{5})")
+FACTS_OF_A_MACHINE = 4 # of the demo, whose facts are numbered machine by machine
+
+
+def by_machine(metrics):
+    "The metrics of a run, questions on facts of the demo being grouped by machine: a machine's documents state its four facts together."
+    def machine(group):
+        number = FACT.fullmatch(str(group))
+        return f"machine {int(number[1]) // FACTS_OF_A_MACHINE}" if number else group
+    return {name: dict(m, groups=[machine(g) for g in m["groups"]]) if m.get("groups") else m for name, m in metrics.items()}
+
+
+def again(path):
+    "Compute the verdicts of a recorded experiment again and write them into its file, with the day."
+    from domain_llm import ablate
+    from domain_llm.core import read_json, write_json
+    result = read_json(path)
+    result["before"] = by_machine(result["before"])
+    result["runs"] = {arm: {seed: by_machine(m) for seed, m in seeds.items()} for arm, seeds in result["runs"].items()}
+    stated = [{k: c[k] for k in STATED if k in c} for c in result["claims"]]
+    result["claims"] = ablate.verdict(result["runs"], stated)
+    result["recomputed"] = dict(date=time.strftime("%Y-%m-%d"), what="claims, from the recorded runs; questions on the demo's facts grouped by machine")
+    write_json(path, result)
+    return result
 
 
 def in_folder(path, folder):
@@ -22,12 +49,17 @@ def in_folder(path, folder):
 
 def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    a.add_argument("experiment")
+    a.add_argument("experiment", nargs="?", help="name of the experiment to run")
+    a.add_argument("--again", nargs="+", type=Path, metavar="FILE", help="recorded experiments whose verdicts are computed again, without training")
     a.add_argument("--seeds", type=int, default=3)
     a.add_argument("--tokens", type=int)
     a.add_argument("--recipe", type=Path, default=ROOT / "nbs" / "recipes" / "ablate.yaml")
     a.add_argument("--data", help="folder that the paths of the recipe's data are relative to")
     a = a.parse_args()
+    if a.again:
+        for path in a.again: print(path, *[f"{c['verdict']}: {c['text']}" for c in again(path)["claims"]], sep="\n  ")
+        return
+    if not a.experiment: raise SystemExit("name an experiment, or recorded files with --again.")
     from domain_llm.core import results_dir, write_json
     from domain_llm.experiments import ablation, told
     name = a.recipe.stem if a.data else a.experiment
