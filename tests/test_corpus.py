@@ -118,14 +118,14 @@ def test_many_bad_lines_are_counted(tmp_path):
 def test_data_sets(tmp_path, monkeypatch):
     import datasets
     ds = datasets.Dataset.from_list([dict(text="one"), dict(text="two")])
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: ds)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: ds)
     assert read("owner/name", kind="news")[0]["id"] == ["owner/name#0", "owner/name#1"]
     assert set(read(ds, kind="news")[0]["kind"]) == {"news"}
     assert read([dict(text="one", kind="handbook", id="a"), dict(text="two", kind="web", id="b")])[0]["kind"] == ["book", "web"]
     ds.save_to_disk(tmp_path / "saved")
     assert len(read(tmp_path / "saved")[0]) == 2
     with pytest.raises(InputError, match="no column"): read(ds.rename_column("text", "body"))
-    def fail(name, split): raise ConnectionError("no network")
+    def fail(name, config, split): raise ConnectionError("no network")
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(InputError, match="no network"): read("owner/name")
 
@@ -156,6 +156,124 @@ ZH = "水闸的安全压力不得超过四巴，检修工人必须每三十天�
 def test_encodings(text, encoding): assert decode(text.encode(encoding)) == text
 
 def test_one_bad_byte_in_utf8(): assert decode(("naïve café, élan vital, Größe " * 3).encode() + b"\xe9 end") == "naïve café, élan vital, Größe " * 3 + " end"
+
+# ---- documents as they come
+
+def files(folder, **content):
+    "Write files into a folder; a name has __ for a slash and _ before its ending."
+    for name, raw in content.items():
+        path = folder / (name.replace("__", "/")[::-1].replace("_", ".", 1)[::-1])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
+
+@pytest.mark.parametrize("label, raw, want", [
+    ("undefined", b"plain text", "plain text"), ("no-such-thing", "naïve".encode(), "naïve"), ("idna", b"a" * 100, "a" * 100), ("unicode_escape", b"a \\u0041", "a \\u0041"),
+    ("iso-8859-1", b"doesn\x92t", "doesn’t"), ("latin-1", b"doesn\x92t", "doesn’t"), ("latin1", b"10 \x80", "10 €"), ("us-ascii", b"doesn\x92t", "doesn’t"),
+    ("utf-16", "naïve — 水".encode(), "naïve — 水"), ("utf-16le", b"plain", "plain"), ("iso-8859-1", "naïve — 水".encode(), "naïve — 水"), ("gb2312", "鎔和水闸".encode("gbk"), "鎔和水闸"),
+    ("shift_jis", "水門の圧力".encode("cp932"), "水門の圧力"), ("windows-1251", "Давление клапана".encode("cp1251"), "Давление клапана"), ("iso-2022-jp", "水門".encode("iso-2022-jp"), "水門"),
+    ("gbk", ZH.encode("gbk") + b"\xff.", ZH + ".")])
+def test_the_encoding_that_a_page_names_is_read_as_browsers_do(tmp_path, label, raw, want):
+    (tmp_path / "a.html").write_bytes(b"<html><head><meta charset='" + label.encode() + b"'></head><body><p>" + raw + b"</p></body></html>")
+    (tmp_path / "b.html").write_bytes(b'<?xml version="1.0" encoding="' + label.encode() + b'"?><html><head/><body><p>' + raw + b"</p></body></html>")
+    rows, skipped = read(tmp_path)
+    assert rows["text"] == [want, want] and not skipped
+
+def test_any_failure_of_one_file_is_its_own(tmp_path, monkeypatch):
+    for name in ("a.html", "b.md", "c.txt"): (tmp_path / name).write_text("Some text.")
+    def fails(path, raw): raise ZeroDivisionError("in the depths\nof a library")
+    monkeypatch.setitem(corpus._READERS, ".md", fails)
+    rows, skipped = read(tmp_path)
+    assert rows["id"] == ["a.html", "c.txt"] and skipped == [dict(file="b.md", why="cannot be read (ZeroDivisionError: in the depths)")]
+
+def test_any_failure_of_one_line_is_its_own(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "n": ' + "1" * 5000 + '}\n{"text": "two", "source": "half \\ud800 pair"}\n' + "[" * 100_000 + '\n{"text": "three"}\n')
+    rows, skipped = read(tmp_path)
+    assert rows["id"] == ["a.jsonl#2", "a.jsonl#4"] and rows["source"][0] == "half \ufffd pair" and set(whys(skipped)) == {"a.jsonl, line 1", "a.jsonl, line 3"}
+
+def test_a_file_name_that_is_not_utf8(tmp_path):
+    try: Path(os.fsdecode(os.fsencode(tmp_path) + b"/gr\xfcn.txt")).write_text("A green document.")
+    except OSError: pytest.skip("the file system wants UTF-8")
+    assert read(tmp_path)[0]["id"] == ["gr\ufffdn.txt"]
+
+def word_table(tmp_path, edit):
+    "The text of a Word file with a table of 3 x 3 cells, changed by `edit`."
+    import docx
+    d = docx.Document(); t = d.add_table(3, 3)
+    for i in range(9): t.cell(i // 3, i % 3).text = f"c{i}"
+    edit(t); d.save(tmp_path / "a.docx")
+    rows, skipped = read(tmp_path)
+    assert not skipped
+    return rows["text"][0].split("\n")
+
+def test_merged_cells_say_their_text_once(tmp_path):
+    def edit(t):
+        t.cell(0, 0).merge(t.cell(0, 2)).text = "wide"
+        t.cell(1, 0).merge(t.cell(2, 0)).text = "tall"
+    assert word_table(tmp_path, edit) == ["wide", "| tall | c4 | c5 |", "|  | c7 | c8 |"]
+
+def test_a_huge_span_costs_nothing(tmp_path):
+    import time
+    def edit(t): t.cell(0, 0)._tc.get_or_add_tcPr().get_or_add_gridSpan().val = 800_000
+    began = time.perf_counter()
+    assert word_table(tmp_path, edit)[0] == "| c0 | c1 | c2 |" and time.perf_counter() - began < 2
+
+def test_a_table_in_a_cell_is_read(tmp_path):
+    def edit(t): t.cell(1, 1).add_table(1, 2).cell(0, 1).text = "inner"
+    assert word_table(tmp_path, edit)[1] == "| c3 | c4 inner | c5 |"
+
+REPEATED = ["a", " ", "\n", "-\n", "```\n", "``` x\n", "~~~\n", "\u00ad\n", "\f", "a\f", "a  b   c ", "| a |\n", "# h\n", "?", "水", "a\u0301\u0316", "\u0301\u0316", "home | ", "<p>", "<div>", "<br>", "a  <br>", "<li>", "<pre>", "<table><tr><td>",
+            "<tr><td>x", "<script></script>x", "<h1>a</h1>", "<nav>", "<div class=menu>", "<div class=menu>a</div>", "<a href=x>a</a> ", "<!-- x -->", "<", "&amp;", "<b>", "<header>"]
+ADVERSE = {**{repr(unit): unit for unit in REPEATED}, "long line of spaces in a page": "." + " " * 200_000 + ".\f", "unclosed fence": "```\n" + "x\n" * 100_000, "fences of growing length": "".join("`" * (3 + i % 200) + "x\n" for i in range(2000)),
+           "a menu line that nearly matches": ("privacy policy" + " terms" * 45 + "!a\n") * 600}
+
+@pytest.mark.parametrize("name", ADVERSE)
+def test_time_grows_with_the_text_not_with_its_square(tmp_path, name):
+    "200 kB take 5 seconds at most; what grew with the square took minutes."
+    import time
+    text = (ADVERSE[name] * (200_000 // len(ADVERSE[name]) + 1))[:200_000]
+    (tmp_path / "a.html" if "<" in name or "&" in name else tmp_path / "a.txt").write_text(text)
+    (tmp_path / "good.txt").write_text("A good document, long enough to be kept by every rule that the corpus chapter has for the length of a text.")
+    began = time.process_time()
+    build(tmp_path, [dict(question="Which grease is used for the crane in the yard?", choices=["lard", "tallow"], answer=1)], min_chars=50)
+    assert time.process_time() - began < 5
+
+def test_fences_by_the_rules_of_commonmark():
+    assert corpus._fenced("a\n````\n```\n````\nb") == ["a\n", "````\n```\n````", "\nb"]
+    assert corpus._fenced("~~~ x\n```\n~~~~\n```y\nz") == ["", "~~~ x\n```\n~~~~", "\n```y\nz"] # the last one has no end
+    assert clean("```\na  b\n```\n```\nc  d\n```\n\n\n\n```\ne  f") == "```\na  b\n```\n```\nc  d\n```\n\n```\ne f"
+
+def test_linked_folders_are_read_once(tmp_path):
+    inside, outside = tmp_path / "docs", tmp_path / "elsewhere"
+    files(inside, book__a_txt="First.", book__deep__b_txt="Second.")
+    files(outside, c_txt="Third.", more__d_txt="Fourth.")
+    (inside / "standard").symlink_to(outside); (inside / "again").symlink_to(inside / "book" / "deep"); (outside / "more" / "loop").symlink_to(inside); (outside / "back").symlink_to(outside)
+    rows, skipped = read(inside)
+    assert {r["id"]: r["kind"] for r in rows} == {"book/a.txt": "book", "book/deep/b.txt": "book", "standard/c.txt": "standard", "standard/more/d.txt": "standard"}
+    assert whys(skipped) == dict.fromkeys(["again", "standard/back", "standard/more/loop"], "a link to a folder that is read already") and not corpus.faults(skipped)
+
+def test_what_is_no_document_is_counted_by_type(tmp_path):
+    files(tmp_path, a_txt="A document.", x_png="1", y_PNG="2", deep__z_png="3", font_woff2="4", all_zip="5", plan_xyz="6")
+    (tmp_path / "~$report.docx").write_bytes(b"owner")
+    rows, skipped = read(tmp_path)
+    assert rows["id"] == ["a.txt"] and {s["file"]: s.get("ignored") for s in skipped} == {"plan.xyz": None, "3 .png files": 3, "1 .woff2 file": 1, "1 .zip file": 1, "1 office lock file": 1}
+    assert corpus.faults(skipped) == [dict(file="plan.xyz", why="unknown file type .xyz")]
+    text = report_text(build(tmp_path, min_chars=1)["report"])
+    assert "1 file skipped\n  plan.xyz" in text and "not documents: " in text and "3 .png files (pictures)" in text
+
+def test_names_of_the_hub_and_mistyped_paths(tmp_path, monkeypatch):
+    import datasets
+    asked = []
+    def hub(name, config, split): asked.append((name, config, split)); return datasets.Dataset.from_list([dict(text="one")])
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    assert read("owner/name:config")[0]["id"] == ["owner/name:config#0"] and read("owner/name")[0]["id"] == ["owner/name#0"]
+    assert asked == [("owner/name", "config", "train"), ("owner/name", None, "train")]
+    monkeypatch.chdir(tmp_path)
+    files(tmp_path, manuals__standards__a_txt="A standard.")
+    with pytest.raises(InputError, match=r"manuals/standrads: no such file or folder \(did you mean 'standards'\?\)"): read("manuals/standrads")
+    assert len(asked) == 2
+    def fail(name, config, split): raise ConnectionError("no network")
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(InputError, match="did you mean 'manuals'"): read("manual")
 
 # ---- cleaning
 
