@@ -25,7 +25,8 @@ def run(measure, # function(settings, seed) -> {metric: {"values": [one per item
     files = {a: a.replace("/", "-").replace(":", "-") for a in arms}
     if len(set(files.values())) < len(arms): raise InputError(f"two arms would share a file, since their names differ only in '/', ':' and '-': {', '.join(arms)}. Rename one.")
     for n, (seed, arm) in enumerate([(s, a) for s in seeds for a in arms], 1):
-        path, mark = folder / f"{files[arm]}-{seed}.json", fingerprint(arms[arm], seed)
+        mark = fingerprint(arms[arm], seed)
+        path = folder / f"{files[arm]}-{seed}-{mark[:8]}.json"  # results of other settings stay beside it
         kept = read_json(path) if path.exists() else {}
         if kept.get("fingerprint") != mark:
             start = time.time()

@@ -115,9 +115,9 @@ def _prepare(cfg, out):
 # %% ../nbs/19_experiments.ipynb #99677aed
 _SETTINGS = ("model", "trust_remote_code", "select", "mix", "pretrain", "evaluate") # what the training of an arm reads
 
-def _arms(what, cfg, read, mark):
-    "The settings of each arm (the recipe with the arm's change, its general text, a mark of the data), and why others are left out."
-    docs, arms, without = read_jsonl(read["documents"]), {}, {}
+def _arms(what, cfg, docs, mark):
+    "The settings of each arm (the recipe with the arm's change, general text of its own, a mark of all data), and why others are left out."
+    arms, without = {}, {}
     base = _merged(cfg, {"pretrain": {"probes": 1, "forgetting_budget": 1e6}, "evaluate": {"probe_tokens": 200, "screen": False}})
     for name, change in what["arms"].items():
         changed = change(base, docs)
@@ -125,16 +125,14 @@ def _arms(what, cfg, read, mark):
             without[name] = changed
             continue
         made = _merged(base, changed)
-        general = changed.get("data", {}).get("general", [str(read["general"])])[0]
-        content = fingerprint(mark, *[Path(p) for p in (read["documents"], general, read["instructions"])])
-        arms[name] = {k: made[k] for k in _SETTINGS} | dict(general=Path(general).name, content=content)
+        own = changed.get("data", {}).get("general", [])
+        arms[name] = {k: made[k] for k in _SETTINGS} | dict(general=[Path(p).name for p in own], content=mark)
     return arms, without
 
 def _train_and_measure(read, measured, out, settings, seed):
     "Train one arm with one seed in a temporary folder and measure it."
     from domain_llm import recipe
-    own = out / "runs" / settings["general"]
-    read = read | {"general": own} if own.exists() else read
+    read = read | {"general": out / "runs" / name for name in settings["general"]}
     with tempfile.TemporaryDirectory(prefix="run-", suffix=".part", dir=out / "runs") as folder:
         cfg = {**settings, "seed": seed}
         made = recipe.pretrain_stage(cfg, read, Path(folder))
@@ -178,7 +176,8 @@ def ablation(name:str, # one of EXPERIMENTS
         keep.refuse_foreign(out, _FILES)
         cfg, read, measured = _prepare({**cfg, "output": str(out)}, out)
         mark = fingerprint(recipe.identity(cfg["model"]), measured)
-        before, (arms, without) = _before(cfg, measured, out, mark), _arms(what, cfg, read, mark)
+        before, docs = _before(cfg, measured, out, mark), read_jsonl(read["documents"])
+        arms, without = _arms(what, cfg, docs, fingerprint(mark, [read[k] for k in ("documents", "general", "instructions")]))
         runs = ablate.run(partial(_train_and_measure, read, measured, out), arms, range(seeds), out / "runs")
         usable = [c for c in what["claims"] if {c["arm"], c["base"]} <= set(runs) and _groups(before, c["metric"]) > 1]
         result = dict(experiment=name, about=what["about"], **_origin(cfg), seeds=list(range(seeds)), mix=cfg["mix"], pretrain=cfg["pretrain"],

@@ -25,10 +25,11 @@ def test_an_experiment_on_a_recipe_from_the_command_line(tiny_folder, tmp_path):
         for m in arm.values(): assert len(m["domain_mcq"]["values"]) == 40 == len(m["domain_mcq"]["groups"]) and set(m["domain_mcq"]["values"]) <= {0, 1}
     assert {c["verdict"] for c in result["claims"]} <= {"supported", "refuted", "not resolved at this size"}
     assert result["runs"]["1:0"]["0"] != result["runs"]["1:5"]["0"] and "against 1:0" in first.stdout
-    (out / "runs" / "1-5-1.json").unlink()
-    (out / "run-killed.part" / "pretrain").mkdir(parents=True)
+    (kept,) = (out / "runs").glob("1-5-1-*.json")
+    kept.unlink()
+    (out / "runs" / "run-killed.part" / "model").mkdir(parents=True)
     again = command("ablate", "mix", "--recipe", path, "--seeds", 2, "--output", out)
-    assert again.stdout.count("run ") == 1 and "1:5, seed 1" in again.stdout and not list(out.glob("*.part"))
+    assert again.stdout.count("run ") == 1 and "1:5, seed 1" in again.stdout and not list(out.rglob("*.part"))
     assert json.loads((out / "result.json").read_text())["runs"] == result["runs"]  # the same settings and seed, the same figures
 
 
@@ -45,7 +46,7 @@ def test_the_other_experiments_train(tiny_folder, tmp_path, name, arms):
     assert all(a != b for i, a in enumerate(seen[:5]) for b in seen[:i])  # scorers may agree on so small a corpus; the first five arms trained on different texts
     if name == "rewarm": assert {(a["pretrain"]["schedule"], a["pretrain"]["learning_rate"]) for a in result["arms"].values()} == {("cosine", 2e-4), ("constant", 2e-5)}
     if name == "rehearse":
-        (written,) = (tmp_path / "out").glob("rehearsal-*.jsonl")
+        (written,) = (tmp_path / "out" / "runs").glob("rehearsal-*.jsonl")
         rows = [json.loads(line) for line in written.read_text().splitlines()]
         assert rows[0]["source"] == "rehearsal" and sum(len(r["text"]) for r in rows) > 300  # half of 600 tokens, each at least a character
 
