@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from domain_llm.core import load_result, read_json, save_result, write_json
+from domain_llm.core import load_result, read_json, read_jsonl, save_result, write_json
 
 COMMAND = Path(sys.executable).parent / "domain-llm"
 
@@ -55,6 +55,34 @@ def run(recipe, out, kill_after=None):
     return True
 
 
+SHARES = (0, 0.25, 0.5, 0.75, 1)
+
+
+def curve(out):
+    "What each share of the training's change teaches and costs: the exam by parts and general text, on questions and texts that no choice has seen."
+    import torch
+    from domain_llm import recipe
+    from domain_llm.models import half_dtype, load
+    from domain_llm.pretrain import probe_texts
+    kept = out / "curve.json"
+    if kept.exists(): return read_json(kept)
+    cfg, stage = read_json(out / "pretrain" / "manifest.json")["settings"], out / "pretrain"
+    folder = stage / "trained" if (stage / "trained").exists() else stage / "model"
+    weights = [dict(load(name, device="cpu")[0].named_parameters()) for name in (cfg["model"], str(folder))]
+    _, general = probe_texts(read_jsonl(out / "inputs" / "general_probe" / "rows.jsonl"), 2 * cfg["evaluate"]["probe_tokens"])
+    questions = recipe.exam(read_json(out / "evaluate" / "manifest.json")["settings"], {r: out / "inputs" / r / "rows.jsonl" for r in ("questions", "general_questions")})
+    points = []
+    for share in SHARES:
+        model, tok = load(cfg["model"], device="cpu")
+        with torch.no_grad():
+            for name, p in model.named_parameters(): p.copy_(torch.lerp(*(w[name] for w in weights), share))
+        found = recipe.figures(model.to(half_dtype("cpu")), tok, dict(general=general), dict(domain=questions["domain"]))
+        parts = {part: r["accuracy"] for part, r in found["domain_mcq"]["by_part"].items()}
+        points.append(dict(share=share, bpb=found["general_bpb"]["bpb"], general=found["general_bpb"]["bpb"] / (points[0]["bpb"] if points else found["general_bpb"]["bpb"]) - 1, **parts))
+    write_json(kept, points)
+    return points
+
+
 def record(out):
     "What is recorded of a finished run."
     stages = {p.parent.name: read_json(p) for p in sorted(out.glob("*/manifest.json"))}
@@ -62,7 +90,8 @@ def record(out):
     measured = {when: read_json(path) for when, path in places.items() if path.exists()}
     items = {when: {key: {k: r[k] for k in ("correct", "groups", "by_part", "docs", "bytes") if k in r} for key, r in found.items()} for when, found in measured.items()}
     checks = read_json(out / "quantize" / "checks.json") if "quantize" in stages else None
-    return {**read_json(out / "metrics.json"), "items": items, "answers": read_json(out / "answers" / "answers.json"),
+    more = {"curve": curve(out)} if out.name.startswith("demo-") else {}
+    return {**read_json(out / "metrics.json"), **more, "items": items, "answers": read_json(out / "answers" / "answers.json"),
             "stages": {name: {k: m.get(k) for k in ("seconds", "peak_memory_gb", "metrics")} for name, m in stages.items() if "metrics" in m},
             "histories": {s: read_json(out / s / "history.json") for s in ("pretrain", "sft") if s in stages},
             "corpus": {k: read_json(out / "corpus" / "report.json")[k] for k in ("steps", "dropped")}, "quantized": checks and checks["checks"]}
