@@ -157,7 +157,7 @@ def _corpus(a):
     if a.out:
         write_jsonl(a.out, made["rows"])
         print(f"{len(made['rows'])} documents written to {a.out}")
-    return 3 if made["report"]["skipped"] else 0
+    return 3 if corpus.faults(made["report"]["skipped"]) else 0
 
 def _eval(a):
     from domain_llm import corpus, demo, evaluate
@@ -210,11 +210,17 @@ def main(argv=None): # the words after "domain-llm"; the process's own when not 
     except InputError as e: print(f"domain-llm: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt: print("\ninterrupted; the same command goes on from here", file=sys.stderr); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 141
-    except MemoryError: print("domain-llm: not enough memory. Use a smaller model, method: lora, or a smaller length.", file=sys.stderr); return 2
     except Exception as e:
-        if not _disk_full(e): raise
-        print(f"domain-llm: the disk is full ({str(e).strip().splitlines()[0][:120]}). Free some space and run the same command again: finished stages are kept.", file=sys.stderr)
+        from domain_llm.models import MEMORY_ADVICE, out_of_memory
+        if out_of_memory(e): said = f"memory ran out ({_first_line(e)}). {MEMORY_ADVICE}"
+        elif _disk_full(e): said = f"the disk is full ({_first_line(e)}). Free some space and run the same command again: finished stages are kept."
+        else: raise
+        print(f"domain-llm: {said}", file=sys.stderr)
         return 2
+
+def _first_line(e):
+    "What an error says, in short."
+    return (str(e).strip() or type(e).__name__).splitlines()[0][:120]
 
 def _disk_full(e):
     "Whether an error, of whatever library, comes from a disk without room."

@@ -8,7 +8,7 @@ __all__ = ['InputError', 'nearest', 'refuse_existing', 'atomic_file', 'atomic_di
            'reset_peak_memory', 'results_dir', 'provenance', 'save_result', 'load_result']
 
 # %% ../nbs/00_core.ipynb #21c7c543
-import hashlib, json, math, os, re, shutil, tempfile, time
+import hashlib, json, math, os, re, shutil, sys, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -132,6 +132,10 @@ def progress(it=None, # an iterable, or None to call `.update(n)` by hand
     "A tqdm bar on stderr that appears after two seconds, and only on a terminal."
     from tqdm import tqdm
     return tqdm(it, total=total, desc=desc, unit=unit, delay=2, disable=None, dynamic_ncols=True, leave=False)
+
+# %% ../nbs/00_core.ipynb #973a0100
+_SPINS = "10000" # libgomp's own is 300,000
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ: os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 # %% ../nbs/00_core.ipynb #4f7bcd0c
 def versions():

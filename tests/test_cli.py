@@ -260,5 +260,37 @@ def test_unknown_command_teaches():
 def test_eval_compares_two_models(tmp_path, capsys, tiny_folder):
     q = lines(tmp_path / "q.jsonl", [QUESTION, {**QUESTION, "question": "What is 1+3?"}])
     assert cli.main(["eval", str(tiny_folder), "--questions", str(q), "--versus", str(tiny_folder), "--json", str(tmp_path / "r.json")]) == 0
-    assert "McNemar" in capsys.readouterr().out
+    assert "95% interval" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())["change"]["diff"] == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"), "cuda"])
+def test_running_out_of_memory_gives_advice(error, capsys, monkeypatch):
+    import torch
+    error = torch.OutOfMemoryError("CUDA out of memory.") if error == "cuda" else error
+
+    def full(a): raise error
+    monkeypatch.setattr(cli, "_run", full)
+    status, err = call(capsys, "run")
+    assert status == 2 and "memory ran out" in err and "lora" in err
+
+
+def test_eval_holds_one_model_at_a_time(tmp_path, capsys, tiny_folder, monkeypatch):
+    "The first model of a comparison is let go before the second is loaded."
+    import gc
+    import shutil
+    import weakref
+    from domain_llm import models
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    real, alive = models.load, []
+
+    def load(*args, **kw):
+        gc.collect()
+        assert not [m for m in alive if m() is not None]
+        model, tok = real(*args, **kw)
+        alive.append(weakref.ref(model))
+        return model, tok
+    monkeypatch.setattr(models, "load", load)
+    assert cli.main(["eval", str(tiny_folder), "--versus", str(copy), "--limit", "3"]) == 0
+    assert len(alive) == 2
