@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_RUN', 'KINDS', 'SHINGLE', 'decode', 'faults', 'read', 'clean', 'shingles', 'jaccard', 'containment',
-           'near_duplicates', 'rank', 'covered', 'decontaminate', 'paraphrases', 'build', 'report_text', 'hold_out',
-           'stages']
+           'near_duplicates', 'rank', 'covered', 'decontaminate', 'paraphrases', 'without_leaks', 'build',
+           'report_text', 'hold_out', 'stages']
 
 # %% ../nbs/03_corpus.ipynb #0b21872c
 import bisect, hashlib, json, math, os, re, unicodedata
@@ -142,11 +142,11 @@ def _html(path, raw):
     return text if not title or "# " in text[:200] or text.startswith(title) else f"# {title}\n\n{text}"
 
 # %% ../nbs/03_corpus.ipynb #88d64b0f
-def _sums(root, values): # an element; a value for each of its strings, in their order
-    "For `root` and each element in it, by id: the sum of the values of the strings inside."
-    out = dict.fromkeys(map(id, [root, *root.find_all(True)]), 0)
-    for s, v in zip(root.find_all(string=True), values): out[id(s.parent)] += v
-    for t in reversed(root.find_all(True)): out[id(t.parent)] += out[id(t)]
+def _sums(root, values): # an element; values of elements and strings in it, by id
+    "For `root` and each element in it, by id: the sum of the values inside. (One pass: asking each element for its content takes depth times size.)"
+    inside = list(root.descendants)
+    out = dict.fromkeys(map(id, [root, *inside]), 0)
+    for x in reversed(inside): out[id(x.parent)] += out[id(x)] + values.get(id(x), 0)
     return out
 
 def _main(root, page): # an element; the source of the page
@@ -155,8 +155,9 @@ def _main(root, page): # an element; the source of the page
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL) # it says much about a page that it finds empty
     try: found = shingles(trafilatura.extract(page, include_comments=False, favor_recall=True) or "")
     except Exception: found = shingles("") # a page that it cannot read
-    pieces = _sketches([str(s) for s in root.find_all(string=True)])
-    held = _sums(root, _shared(pieces, found))
+    strings = root.find_all(string=True)
+    shared = _shared(_sketches([str(s) for s in strings]), found)
+    held = _sums(root, dict(zip(map(id, strings), shared)))
     parts = [t for t in root.find_all(["main", "article", "section", "div", "td"]) if held[id(t)] >= 0.95 * held[id(root)]]
     return parts[-1] if held[id(root)] and parts else root # in the order of the page, hence the last is the innermost
 
@@ -177,13 +178,13 @@ def _chrome(t):
     names = list(t.get("class") or []) + ([t["id"]] if t.name == "div" and t.get("id") else [])
     return any(_CHROME.fullmatch(n) for n in names)
 
-def _element(t):
+def _element(t, table): # whether it is a table of data
     "What an element is written as: a text, or what stands before its content and after it."
     if t.name == "pre":
         for b in t.find_all("br"): b.string = "\n"
         return "\n\n```\n" + t.get_text().strip("\n") + "\n```\n\n"
     if re.fullmatch("h[1-6]", t.name): return "\n\n" + "#" * int(t.name[1]) + " " + " ".join(t.get_text(" ").split()) + "\n\n"
-    if t.name == "table" and not t.find(["table", "pre", "h1", "h2", "h3", "h4"]): # else it lays out the page
+    if table:
         return "\n\n" + _cells([[c.get_text(" ") for c in r.find_all(["td", "th"])] or [""] for r in t.find_all("tr")]) + "\n\n"
     if t.name == "br": return "\n"
     return ("\n- ", "") if t.name == "li" else (_BLOCKS.get(t.name, ""), "\n\n" if t.name in _BLOCKS else "")
@@ -192,7 +193,8 @@ def _element(t):
 def _page_text(root):
     "Text of the element `root`, block by block, in one pass."
     from bs4 import CData, NavigableString, Tag
-    size = _sums(root, map(len, root.find_all(string=True)))
+    size = _sums(root, {id(s): len(s) for s in root.find_all(string=True)})
+    laid_out = _sums(root, {id(t): 1 for t in root.find_all(["table", "pre", "h1", "h2", "h3", "h4"])}) # a table with these lays out the page
     whole = root.name in ("main", "article") or root.find_parent(["main", "article"]) # else a header is that of the site
     out, todo = [""], [root]
     while todo:
@@ -200,7 +202,7 @@ def _page_text(root):
         if isinstance(x, Tag):
             if x.name in _DROPPED or x is not root and size[id(x)] < size[id(root)] / 2 and _chrome(x): continue
             if x.name == "header" and not whole: todo += x.find_all("h1"); continue
-            written = _element(x)
+            written = _element(x, table=x.name == "table" and not laid_out[id(x)])
             todo += [written] if isinstance(written, str) else [written[1], *reversed(x.contents), written[0]]
         elif type(x) in (NavigableString, CData): # comments are other types
             text = re.sub(r"\s+", " ", x)
@@ -730,6 +732,7 @@ def _index(questions, n):
 def _find(b, index):
     "Leaks in the letters `b` of a text: (start, end, question) for every probe found."
     table, bits = index
+    if len(b) < _HEAD: return []
     h = _roll(np.frombuffer(b, np.uint8), _HEAD)
     return [(int(at), int(at) + len(p), q) for at in np.flatnonzero(bits[h >> np.uint64(42)]) for p, q in table.get(int(h[at]), ()) if b.startswith(p, at)]
 
@@ -750,8 +753,12 @@ def _without(text, spans):
     ends = np.cumsum([0] + [len(_letters(p)) for p in parts])
     touched = lambda k, a, b: min(b, ends[k + 1]) - max(a, ends[k]) >= min(10, max(ends[k + 1] - ends[k], 1)) # a letter or two may agree by chance
     bad = {k for a, b, _ in spans for k in range(np.searchsorted(ends, a, "right") - 1, np.searchsorted(ends, b, "left")) if touched(k, a, b)}
+    return _cut_out(parts, bad)
+
+def _cut_out(parts, bad): # paragraphs, numbers of those that go
+    "The text of the other paragraphs, without answers that follow one that goes."
     answer = re.compile(r"\W*(?:(?:the )?(?:correct |right )?(?:answer|ans|a|options?|choices?|答案?|正确答案|解析|选项)\s*[:：]|\(?[A-E][.)、:：])", re.I)
-    after = None
+    bad, after = set(bad), None
     for k, p in enumerate(parts):
         if k in bad: after = k
         elif after is not None and p.strip() and answer.match(p): bad.add(k)
@@ -774,6 +781,13 @@ def _around(text, k):
     return " ".join(text[max(at - 60, 0):at + 140].split())
 
 # %% ../nbs/03_corpus.ipynb #24b42de4
+def _checked_index(questions, n):
+    "`_index` of question rows that have a question."
+    bad = next((q for q in questions if not isinstance(q, str) and not isinstance(q.get("question"), str)), None)
+    if bad is not None: raise InputError(f"a question row has no text under \"question\" (it has {', '.join(bad)}). Give rows with question, choices and answer, or question and reference.")
+    if n < 6: raise InputError(f"n={n} words is too short to tell a leak from common phrases: use 8 to 13.")
+    return _index(questions, n)
+
 def decontaminate(rows, # document rows
                   questions, # question rows of every evaluation set (or plain strings)
                   n:int=13, # words in a row that make a leak (26 characters in Chinese)
@@ -784,10 +798,7 @@ def decontaminate(rows, # document rows
     overlap as for GPT-3, Brown et al. 2020). A stem shorter than `n` words counts as a whole from 6 words or 12 Chinese characters.
     Only the paragraph with the leak goes ("leak removed") when the rest has `min_chars` UTF-8 bytes, else the document ("leak")."""
     questions = list(questions)
-    bad = next((q for q in questions if not isinstance(q, str) and not isinstance(q.get("question"), str)), None)
-    if bad is not None: raise InputError(f"a question row has no text under \"question\" (it has {', '.join(bad)}). Give rows with question, choices and answer, or question and reference.")
-    if n < 6: raise InputError(f"n={n} words is too short to tell a leak from common phrases: use 8 to 13.")
-    index, kept, dropped = _index(questions, n), [], []
+    index, kept, dropped = _checked_index(questions, n), [], []
     for row in rows if questions else []:
         text, first, where = _unleaked(row["text"], index)
         if first is None: kept.append(dict(row)); continue
@@ -831,11 +842,10 @@ def _holders(weights, share, having): # {number of a word: weight}, share that m
 
 # %% ../nbs/03_corpus.ipynb #df46f070
 def _asked(read, stem, answer, length, reach): # of one row: positions and numbers; weights by number; words before and after the sign
-    "Largest share of the stem before a sign of a question (number 0) that the answer follows, and the position of that sign."
+    "For each sign of a question (number 0) that the answer follows: the share of the stem before it, and its position, negative."
     at, ids = read
     part = lambda w, a, b: sum(w.get(u, 0) for u in set(ids[np.searchsorted(at, a):np.searchsorted(at, b)].tolist())) / max(sum(w.values()), 1e-9)
-    found = [(part(stem, m - length, m), -m) for m in at[ids == 0].tolist() if part(answer, m + 1, m + 1 + reach) >= _ANSWER]
-    return max(found, default=(0, 0))
+    return [(part(stem, m - length, m), -m) for m in at[ids == 0].tolist() if part(answer, m + 1, m + 1 + reach) >= _ANSWER]
 
 def _cut(text, a, b):
     "The text between two numbers of units, at most 240 characters."
@@ -873,15 +883,99 @@ def paraphrases(rows, # document rows, or conversations: rows with "messages"
     weight of the question's words (inverse document frequency; words that most questions have count little), and soon after it the right answer.
     In a conversation every turn of the user is taken for a question. A row without "id" gets its place in the list."""
     if not 0 < share <= 1: raise InputError(f"share {share} is not a share: choose one above 0 and at most 1.")
-    rows, questions = [_as_text(r, i) for i, r in enumerate(rows)], list(questions)
-    sought, best = _sought(questions), {}
+    rows, best = [_as_text(r, i) for i, r in enumerate(rows)], {}
+    for i, q, got, sign, words, reach in _rewordings(rows, list(questions), share):
+        if got > best.get(i, (0,))[0]: best[i] = (got, q["question"], sign - words, sign + reach)
+    return [dict(id=rows[i]["id"], question=q, share=round(float(x), 3), excerpt=_cut(rows[i]["text"], a, b)) for i, (x, q, a, b) in sorted(best.items(), key=lambda kv: (-kv[1][0], kv[0]))]
+
+def _rewordings(rows, questions, share):
+    "Each place that seems to ask a question: (row, question, share, word number of the sign, words of the question, reach of the answer)."
+    sought = _sought(questions)
     number = {u: i for i, u in enumerate(dict.fromkeys(["?", *(u for stem, answer, _ in sought for u in (*stem, *answer))]))}
     read, having = _reading(rows, number)
     for q, (words, _, reach), (stem, answer) in zip(questions, sought, _weigh(sought, number, having, len(rows))):
         for i in _holders(stem, share, having) & _holders(answer, _ANSWER, having) & set(having[0].tolist()):
-            got, m = _asked(read[i], stem, answer, 2 * len(words), reach)
-            if got >= share and got > best.get(i, (0,))[0]: best[i] = (got, q["question"], -m - len(words), -m + reach)
-    return [dict(id=rows[i]["id"], question=q, share=round(float(x), 3), excerpt=_cut(rows[i]["text"], a, b)) for i, (x, q, a, b) in sorted(best.items(), key=lambda kv: (-kv[1][0], kv[0]))]
+            places = sorted(_asked(read[i], stem, answer, 2 * len(words), reach), reverse=True)
+            yield from ((i, q, got, -m, len(words), reach) for got, m in places if got >= share)
+
+# %% ../nbs/03_corpus.ipynb #a3204d0a
+def without_leaks(rows, # document rows (with "text") and conversations (with "messages"), in any order
+                  questions, # question rows of every evaluation set (or plain strings, which find copies alone)
+                  n:int=13, # words in a row that make a leak
+                  min_chars:int=200, # UTF-8 bytes that must remain of a document for it to stay
+                  sure:float=0.5): # share, as in `paraphrases`, from which a reworded question goes from a document; None: it is reported
+    """Take evaluation questions out of all training rows: gives (kept rows, list of {"id", "reason", "question", "excerpt"}).
+
+    Copied questions, by the rule of `decontaminate`: "leak removed" (the paragraph of a document, the pair of question and answer of a conversation) or "leak" (the whole row,
+    where too little is left). Reworded ones in documents, as `paraphrases` finds them: "reworded, removed" or "reworded" in the same way; those below `sure` are "suspected", and stay.
+    In conversations reworded questions always stay, since teaching what the exam asks is what they are for: they are "suspected", too. Suspected rows are counted
+    under "count" of up to five examples, the surest, for documents and for conversations. A row without "id" is known by its place."""
+    if sure is not None and not 0.3 <= sure <= 1: raise InputError(f"sure={sure} is not a share from 0.3 to 1.")
+    questions = list(questions)
+    index, kept, gone = _checked_index(questions, n), [], []
+    for i, row in enumerate(rows):
+        _as_text(row, i) # refuses what is neither
+        left, first, where = _clear_text(row, index, min_chars) if "text" in row else _clear_talk(row, index)
+        if first is not None: gone.append(_lost(row, i, "leak", left, questions[first], where))
+        if left is not None: kept.append((i, left))
+    answered = [q for q in questions if not isinstance(q, str) and _answer(q)]
+    texts, talks = [(i, r) for i, r in kept if "text" in r], [(i, r) for i, r in kept if "text" not in r]
+    left, more = _clear_reworded(texts, answered, 2 if sure is None else sure, min_chars)
+    kept = [r for _, r in sorted([*left, *talks], key=lambda x: x[0])]
+    return kept, gone + more + [x for part in (left, talks) for x in _suspected(part, answered)]
+
+# %% ../nbs/03_corpus.ipynb #34a7216f
+def _lost(row, i, reason, left, question, where):
+    "An entry for what was taken out of a row."
+    return dict(id=row.get("id", i), reason=reason if left is None else f"{reason}, removed" if reason == "reworded" else f"{reason} removed",
+                question=question if isinstance(question, str) else question["question"], excerpt=where)
+
+def _clear_text(row, index, min_chars):
+    "A document without copied questions (None: too little is left), the number of the first question and the words around it."
+    text, first, where = _unleaked(row["text"], index)
+    if first is None: return dict(row), None, None
+    return {**row, "text": text} if len(text.encode("utf-8", "ignore")) >= min_chars else None, first, where
+
+def _clear_talk(row, index):
+    "A conversation without the turns that hold a copied question (None: nothing is asked and answered any more), and as in `_clear_text`."
+    kept, first, where = [], None, None
+    for turn in _turns(row["messages"]):
+        said = "\n".join(m["content"] or "" for m in turn)
+        spans = _find(_letters(said), index)
+        if not spans: kept += turn; continue
+        if first is None: first, where = spans[0][2], _around(said, spans[0][0])
+    asked = {"user", "assistant"} <= {m["role"] for m in kept}
+    return {**row, "messages": kept} if first is None or asked else None, first, where
+
+def _turns(messages):
+    "Messages in groups that begin with one of the user; what comes before the first of these is a group as well."
+    out = [[]]
+    for m in messages:
+        if m["role"] == "user" and out[-1]: out.append([])
+        out[-1].append(m)
+    return out
+
+# %% ../nbs/03_corpus.ipynb #018ba976
+def _clear_reworded(rows, questions, sure, min_chars): # pairs of place and document row
+    "Documents without the paragraphs that ask a question in other words, and entries for those."
+    found = {}
+    for k, q, share, sign, words, reach in _rewordings([_as_text(r, i) for i, r in rows], questions, sure) if sure <= 1 else []: found.setdefault(k, []).append((sign, q, sign - words, sign + reach))
+    kept, gone = [], []
+    for k, (i, row) in enumerate(rows):
+        if k not in found: kept.append((i, row)); continue
+        parts = _paragraphs(row["text"])
+        ends = np.cumsum([len(_stream(p)) for p in parts])
+        text = _cut_out(parts, {int(np.searchsorted(ends, sign, "right")) for sign, *_ in found[k]})
+        left = {**row, "text": text} if len(text.encode("utf-8", "ignore")) >= min_chars else None
+        _, q, a, b = min(found[k], key=lambda x: x[0])
+        gone.append(_lost(row, i, "reworded", left, q, _cut(row["text"], a, b)))
+        if left is not None: kept.append((i, left))
+    return kept, gone
+
+def _suspected(rows, questions, most=5): # pairs of place and row
+    "Entries for up to `most` rows that seem to ask a question in other words, with the number of all such rows."
+    found = paraphrases([{**r, "id": r.get("id", i)} for i, r in rows], questions) if rows else []
+    return [dict(id=f["id"], reason="suspected", question=f["question"], excerpt=f["excerpt"], share=f["share"], count=len(found)) for f in found[:most]]
 
 # %% ../nbs/03_corpus.ipynb #cd20c493
 def _digest(text): return hashlib.sha1(_letters(text) or text.encode("utf-8", "ignore")).digest()

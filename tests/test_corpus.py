@@ -479,6 +479,61 @@ def test_paraphrases_need_an_answer():
     assert paraphrases([dict(messages=[dict(role="user", content=None)])], [dict(question="Which?", reference="x")]) == []
     with pytest.raises(InputError, match="share 2"): paraphrases([row("x")], [dict(question="Which?", reference="x")], share=2)
 
+# ---- all rows of a training
+
+GREASE = dict(question="Which grease is used for the big crane in the yard?", choices=["lard", "tallow"], answer=1)
+
+def talk(*said, name="talk"):
+    return dict(messages=[dict(role=role, content=text) for role, text in said], id=name, task="qa")
+
+def test_copies_go_from_documents_and_conversations():
+    rows = [row("Long enough to stay. " * 12 + "\n\nQuiz: which grease is used for the BIG crane in the yard? Tallow!\n\nThe end of it.", name="doc"), row("Which grease is used for the big crane in the yard? tallow", name="quiz"),
+            talk(("system", "You are kind."), ("user", "Hello."), ("assistant", "Good day."), ("user", GREASE["question"]), ("assistant", "Tallow."), ("user", "Thanks."), ("assistant", "Welcome."), name="long talk"),
+            talk(("system", "You are kind."), ("user", GREASE["question"]), ("assistant", "Tallow."), name="short talk"), talk(("user", "Is it late?"), ("assistant", "It is."), name="clean talk")]
+    kept, gone = corpus.without_leaks(rows, [GREASE])
+    assert [(r["id"], r["task"] if "messages" in r else r["kind"]) for r in kept] == [("doc", "web"), ("long talk", "qa"), ("clean talk", "qa")]
+    assert "Quiz" not in kept[0]["text"] and kept[0]["text"].endswith("The end of it.")
+    assert [m["content"] for m in kept[1]["messages"]] == ["You are kind.", "Hello.", "Good day.", "Thanks.", "Welcome."]
+    assert kept[2] == rows[4] and len(rows[2]["messages"]) == 7 # what was given is left as it is
+    assert {g["id"]: g["reason"] for g in gone} == {"doc": "leak removed", "quiz": "leak", "long talk": "leak removed", "short talk": "leak"}
+    assert all(g["question"] == GREASE["question"] and "crane" in g["excerpt"] for g in gone)
+
+def test_reworded_questions_go_from_documents_and_stay_in_conversations():
+    asked, pages, stating = rewordings(4)
+    talks = [talk(("user", f"Tell me: {p['text'].split('Quiz: ')[1].split('?')[0]}."), ("assistant", p["text"].split("It is ")[1]), name=f"talk-{i}") for i, p in enumerate(pages[:30])]
+    kept, gone = corpus.without_leaks([*talks, *pages, *stating], asked)
+    out = {r["id"] for r in pages} - {r["id"] for r in kept if "text" in r and "Quiz:" in r["text"]}
+    removed = [g for g in gone if g["reason"].startswith("reworded")]
+    assert 0.7 * len(pages) < len(removed) == len(out) and {g["id"] for g in removed} == out
+    assert [r for r in kept if "messages" in r] == talks
+    suspects = [g for g in gone if g["reason"] == "suspected" and "talk-" in str(g["id"])]
+    assert len(suspects) == 5 and suspects[0]["count"] >= 24
+    kept, gone = corpus.without_leaks(pages, asked, sure=None)
+    assert kept == pages and {g["reason"] for g in gone} == {"suspected"}
+
+def test_a_paragraph_that_asks_goes_with_its_answer():
+    text = "The crane stands in the yard. " * 10 + "\n\nWhat grease does the big crane of the yard take?\n\nAnswer: tallow\n\nOf the end this is all."
+    kept, gone = corpus.without_leaks([row(text, name="a"), *[row(f"Words about page {i} of it.") for i in range(20)]], [GREASE])
+    assert "grease" not in kept[0]["text"] and "tallow" not in kept[0]["text"] and kept[0]["text"].endswith("Of the end this is all.") and gone[0]["reason"] == "reworded, removed"
+
+def test_leaks_need_sound_input():
+    for rows, wrong in (([dict(id="x")], "neither 'text' nor 'messages'"), ([], "no text under")):
+        with pytest.raises(InputError, match=wrong): corpus.without_leaks(rows, [dict(prompt="?")] if not rows else [GREASE])
+    with pytest.raises(InputError, match="sure=2"): corpus.without_leaks([], [], sure=2)
+    assert corpus.without_leaks([], [GREASE]) == ([], []) and corpus.without_leaks([row("a", name="a")], [], min_chars=1)[1] == []
+    assert corpus.without_leaks([talk(("user", None), ("assistant", "x"))], [GREASE])[1] == []
+    assert decontaminate([row("abc"), row("")], [GREASE])[1] == [] # shorter than what is looked up
+
+def test_rows_and_a_thousand_questions_take_seconds():
+    import time
+    rng = random.Random(15)
+    qs = questions(rng, english, 1000, 12)
+    rows = [row(english(rng, 120) + (f"\n\n{qs[i % 1000]['question']} {qs[i % 1000]['choices'][0]}" if i % 10 == 0 else "")) for i in range(1200)]
+    rows += [talk(("user", english(rng, 15) + "?"), ("assistant", english(rng, 40)), name=str(i)) for i in range(800)]
+    began = time.process_time()
+    kept, gone = corpus.without_leaks(rows, qs)
+    assert sum(g["reason"].startswith("leak") for g in gone) >= 118 and time.process_time() - began < 10
+
 # ---- more than one machine
 
 def test_stages_give_what_one_process_gives(tmp_path):
