@@ -215,19 +215,26 @@ def corpus_stage(cfg, read, out):
     from domain_llm import corpus
     questions = [*read_jsonl(read["questions"]), *read_jsonl(read["general_questions"])]
     made = corpus.build(read_jsonl(read["documents"]), questions, threshold=cfg["corpus"]["near_duplicate"], min_chars=cfg["corpus"]["min_chars"])
-    report = {**made["report"], "skipped": read_json(read["skipped"])}
+    report = {**made["report"], "skipped": read_json(read["skipped"]), "leaks_by_source": {}}
     print(corpus.report_text(report))
-    rows, held = corpus.hold_out(made["rows"], share=cfg["corpus"]["held_out"], seed=cfg["seed"])
-    write_jsonl(out / "documents.jsonl", rows)
-    write_jsonl(out / "held_out.jsonl", held)
-    report["leaks_elsewhere"] = {}
-    for role in ("general", "instructions"):
-        kept, dropped = corpus.without_leaks(read_jsonl(read[role]), questions)
-        write_jsonl(out / f"{role}.jsonl", kept)
-        report["leaks_elsewhere"][role] = dropped
-        if dropped: print(f"{len(dropped)} of the rows of '{role}' held or resembled exam questions; report.json names them")
+    sources = {"documents": list(made["rows"]), **{role: read_jsonl(read[role]) for role in ("general", "instructions")}}
+    for name, rows in sources.items():
+        sources[name], found = corpus.without_leaks(rows, questions)
+        report["leaks_by_source"][name] = found
+        print(_leaks_said(name, found), end="")
+    if not sources["documents"]: raise InputError("no document is left: all of them held questions of the exam. Look at the documents, or at the questions.")
+    sources["documents"], sources["held_out"] = corpus.hold_out(sources["documents"], share=cfg["corpus"]["held_out"], seed=cfg["seed"])
+    for name, rows in sources.items(): write_jsonl(out / f"{name}.jsonl", rows)
     write_json(out / "report.json", report)
-    return dict(documents=len(rows), held_out=len(held), skipped_files=len(report["skipped"]))
+    return dict(documents=len(sources["documents"]), held_out=len(sources["held_out"]), skipped_files=len(corpus.faults(report["skipped"])))
+
+def _leaks_said(name, found):
+    "What was taken out of a source, and what was only noticed, as lines."
+    gone = sum(x["reason"] != "suspected" for x in found)
+    noticed = max((x["count"] for x in found if x["reason"] == "suspected"), default=0)
+    lines = [f"{gone} rows of '{name}' held exam questions, copied or reworded, which were taken out\n"] if gone else []
+    if noticed: lines.append(f"{noticed} rows of '{name}' may ask an exam question in other words; they stay, and report.json shows examples\n")
+    return "".join(lines)
 
 def _texts(cfg, read, tokens):
     "The texts to choose checkpoints by, and those to report on: each a dict of rows, domain and general."
