@@ -22,21 +22,13 @@ from domain_llm.core import load_result, read_json, read_jsonl, save_result, wri
 COMMAND = Path(sys.executable).parent / "domain-llm"
 
 
-def arms(demo, seeds):
-    "The recipes to run: name -> (seed, recipe)."
-    mixed = demo["mix"]["parts"]
-    alone = {k: v for k, v in mixed.items() if k != "instructions"}
-    tokens = demo["mix"]["tokens"]
-    tune = {"method": "full", **{k: v for k, v in demo["pretrain"].items() if k != "method"}, "epochs": demo_epochs(demo)}
-    found = {f"demo-{seed}": {**demo, "seed": seed} for seed in range(seeds)}
-    found["documents alone"] = {**demo, "mix": {**demo["mix"], "parts": alone, "tokens": tokens}, "sft": False, "quantize": False}
-    found["instructions alone"] = {**demo, "mix": {"parts": {"domain": 1}}, "pretrain": False, "sft": tune, "quantize": False}
-    return found
-
-
-def demo_epochs(demo):
-    "Passes over the conversations with which fine-tuning alone gives them as many tokens as the whole demo."
-    return demo.get("instruction_epochs", 4)
+def arms(demo, seeds, folder):
+    "The recipes to run: name -> recipe. Instructions alone are given as often as the first run of the demo gave them."
+    yield from ((f"demo-{seed}", {**demo, "seed": seed}) for seed in range(seeds))
+    parts = {k: v for k, v in demo["mix"]["parts"].items() if k != "instructions"}
+    yield "documents alone", {**demo, "mix": {**demo["mix"], "parts": parts}, "quantize": False}
+    passes = read_json(folder / "demo-0" / "pretrain" / "manifest.json")["metrics"]["epochs_per_source"]["instructions"]
+    yield "instructions alone", {**demo, "mix": {"parts": {"domain": 1}}, "pretrain": False, "sft": {**demo["pretrain"], "method": "full", "epochs": passes}, "quantize": False}
 
 
 def run(recipe, out, kill_after=None):
@@ -114,7 +106,7 @@ def main():
     a = a.parse_args()
     demo, start = yaml.safe_load((files("domain_llm") / "data" / "demo.yaml").read_text(encoding="utf-8")), time.time()
     found = {}
-    for name, recipe in arms(demo, a.seeds).items():
+    for name, recipe in arms(demo, a.seeds, a.folder):
         out = (a.folder / name.replace(" ", "-")).resolve()
         began = time.time()
         run(recipe, out)
