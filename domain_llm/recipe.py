@@ -556,19 +556,54 @@ def prepare(cfg, out):
     return cfg
 
 def preflight_of(cfg, out):
-    "What a check of the recipe and its data finds, as from `preflight`; nothing has been trained yet."
+    "What would go wrong in a run of the recipe, whose data have been read: findings as of `preflight`."
     from domain_llm import preflight
-    return preflight.findings(cfg, {role: out / "inputs" / role / "rows.jsonl" for role in ROLES}, shutil.disk_usage(out).free)
+    from domain_llm.models import load_tokenizer
+    found = [*preflight.settings(cfg), *preflight.extras(cfg), *_screening(cfg, out)]
+    config, said = preflight.find_model(cfg)
+    found += said
+    if config is None or any(f["level"] == "error" for f in said): return found
+    tok = load_tokenizer(cfg["model"], cfg["trust_remote_code"])
+    size, device = preflight.sizes(config, cfg["trust_remote_code"]), preflight.this_device()
+    found += preflight.model_fits(cfg, config, tok)
+    found += preflight.disk(cfg, size, preflight.free_disk(cfg["output"]), device) + preflight.memory(cfg, size, device)
+    rows = read_jsonl(out / "inputs" / "instructions" / "rows.jsonl")
+    for stage in _trainings(cfg):
+        if rows and (stage == "sft" or "instructions" in cfg["mix"]["parts"]): found += preflight.conversations(rows, tok, f"instructions for {stage}", cfg[stage]["length"])
+    return found
+
+def _screening(cfg, out):
+    "An error where checkpoints are to be compared on questions that are all about one thing."
+    from domain_llm.preflight import finding
+    groups = {str(q.get("group", i)) for i, q in enumerate(read_jsonl(out / "inputs" / "questions" / "rows.jsonl"))}
+    if not cfg["evaluate"]["screen"] or len(groups) > 1: return []
+    return [finding("error", "questions", "evaluate.screen compares checkpoints on questions of at least two groups, and these are all of one. Give more questions, or leave their group out.")]
 
 def checked(path=None, output=None): # as in `run`
-    "Read the data of a recipe, print what would go wrong in a run, and raise InputError if it cannot start."
-    from domain_llm import preflight
+    "Read the data of a recipe and say what would go wrong in a run, before anything is trained; raises InputError if it cannot start."
     cfg, out = opened(path, output)
     with keep.alone(out):
         cfg = prepare(cfg, out)
-        found = preflight_of(cfg, out)
-        print(preflight.report(found))
-        preflight.refuse(found)
+        _refuse_early(cfg, out)
+        model, plan = identity(cfg["model"]), stages(cfg)
+        for name in ("corpus", "baseline"):
+            print(f"{name}: {plan[name].work.__doc__}", flush=True)
+            run_stage(cfg, out, name, plan[name], model)
+        _say_worth(out)
+    print("the run can start; what was read and measured is kept for it")
+
+def _refuse_early(cfg, out):
+    "Print what the preflight finds; raise InputError when the run cannot be done."
+    from domain_llm import preflight
+    found = preflight_of(cfg, out)
+    print(preflight.report(found), flush=True)
+    preflight.refuse(found)
+
+def _say_worth(out):
+    "Print whether pre-training is worth it, by what the baseline has measured."
+    from domain_llm import preflight
+    before = read_json(out / "baseline" / "measured.json")
+    print(preflight.report(preflight.worth(before["domain_bpb"], before["general_bpb"])), flush=True)
 
 def run_stage(cfg, out, name, stage, model):
     "Do one stage unless its result is there; gives whether it was done and its headline figures."
@@ -585,8 +620,9 @@ def run(path=None, # a recipe; the demo's when not given
     "Run every stage that is not done yet; gives the run's metrics. Calling it again goes on, or does nothing."
     began, (cfg, out) = time.time(), opened(path, output)
     with keep.alone(out):
-        cfg, model = prepare(cfg, out), identity(cfg["model"])
-        plan = stages(cfg)
+        cfg = prepare(cfg, out)
+        _refuse_early(cfg, out)
+        model, plan = identity(cfg["model"]), stages(cfg)
         for name in NAMES:
             if name not in plan and "/" not in name and name != "demo": keep.set_aside(out, name)
         for i, (name, stage) in enumerate(plan.items(), 1):
@@ -594,6 +630,7 @@ def run(path=None, # a recipe; the demo's when not given
             start = time.time()
             new, metrics = run_stage(cfg, out, name, stage, model)
             print(f"      {time.time() - start:.0f} s{_shown(metrics)}" if new else "      unchanged, skipped", flush=True)
+            if name == "baseline" and new: _say_worth(out)
         keep.publish(out / "report", out, REPORTS)
     metrics = read_json(out / "metrics.json")
     print(f"done in {time.time() - began:.0f} s. {metrics['verdict']}\nreport: {os.path.relpath(out / 'report.html')}", flush=True)

@@ -11,6 +11,7 @@ import io
 from importlib.resources import files
 from pathlib import Path
 from .core import atomic_file, read_json, write_json
+from .preflight import worth
 
 # %% ../nbs/16_report.ipynb #a0ea7278
 def _percent(x): return f"{100 * x:.0f}%"
@@ -202,7 +203,8 @@ def collect(run, # folder of a run
     metrics |= {f"{key}_change_{end}": (after[key]["change"] or {}).get(end) if key in after else None for key, _ in _FIGURES for end in ("low", "high")}
     metrics |= dict(share_kept=share_kept, seconds=round(sum(m["seconds"] for m in manifests), 1), trained_tokens=sum(by[s]["metrics"]["tokens"] for s in ways),
                     verdict=verdict(before, after, budget, share_kept))
-    return dict(cfg, before=before, after=after, manifests=manifests, by=by, budget=budget, ways=ways, trained=trained, metrics=metrics, answers=read_json(run / "answers" / "answers.json"),
+    doubt = [f["said"] for f in worth(before["domain_bpb"], before["general_bpb"]) if f["level"] == "warning"]
+    return dict(cfg, doubt=doubt, before=before, after=after, manifests=manifests, by=by, budget=budget, ways=ways, trained=trained, metrics=metrics, answers=read_json(run / "answers" / "answers.json"),
                 screen=read_json(run / "screen" / "screen.json") if "screen" in by else None, checks=read_json(run / "quantize" / "checks.json") if "quantize" in by else None,
                 corpus=read_json(run / "corpus" / "report.json"), histories={s: read_json(run / s / "history.json") for s in ways})
 

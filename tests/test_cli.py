@@ -46,6 +46,10 @@ RECIPES = {  # a recipe that is wrong, and what the message must name
     "documents missing": ("data: {documents: /no/such/folder}", "/no/such/folder"),
     "questions missing": ("demo: 8\ndata: {questions: nope.jsonl}", "nope.jsonl"),
     "nothing to train": ("demo: 8\npretrain: false\nsft: false", "nothing is left to train"),
+    "corpus off": ("demo: 8\ncorpus: false", "only pretrain, sft, quantize can be switched off"),
+    "select off": ("demo: 8\nselect: false", "only pretrain, sft, quantize"),
+    "data off": ("data: false", "only pretrain, sft, quantize"),
+    "everything trained is off": ("demo: 8\npretrain: false\nsft: false", "nothing is left to train"),
     "trust is text": ("demo: 8\ntrust_remote_code: sure", "true or false"),
 }
 
@@ -294,3 +298,72 @@ def test_eval_holds_one_model_at_a_time(tmp_path, capsys, tiny_folder, monkeypat
     monkeypatch.setattr(models, "load", load)
     assert cli.main(["eval", str(tiny_folder), "--versus", str(copy), "--limit", "3"]) == 0
     assert len(alive) == 2
+
+
+def test_a_mistyped_path_is_no_hub_set(tmp_path, capsys):
+    (tmp_path / "manuals" / "standards").mkdir(parents=True)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    for text in ("data: {documents: manuals/standrads}", "demo: 8\ndata: {questions: manuals/standrads}", "demo: 8\ndata: {general: ['manuals/standrads:part']}"):
+        (tmp_path / "r.yaml").write_text(text)
+        status, err = call(capsys, "run", tmp_path / "r.yaml")
+        assert status == 2 and "did you mean 'manuals/standards'" in err
+    (tmp_path / "r.yaml").write_text("demo: 8\nmodel: models/mein")
+    status, err = call(capsys, "run", tmp_path / "r.yaml")
+    assert status == 2 and "did you mean 'models/mine'" in err
+
+
+def test_names_on_the_hub_work_for_every_role(tmp_path, monkeypatch):
+    "With the hub's answer replaced: OWNER/NAME and OWNER/NAME:SUBSET, for documents, general text, probes, instructions and questions."
+    import datasets
+    from domain_llm import recipe
+    asked = []
+    rows = dict(text=["A page about pumps, long enough to be a document of its own."] * 3, question=["Q"] * 3, choices=[["a", "b"]] * 3, answer=[0] * 3,
+                messages=[[dict(role="user", content="Q"), dict(role="assistant", content="A")]] * 3)
+
+    def load_dataset(repo, name=None, split=None, **kw):
+        asked.append((repo, name, split))
+        return datasets.Dataset.from_dict(rows)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    given = {role: f"owner/{role}:part" for role in recipe.ROLES}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(dict(data=given, output="out")))
+    cfg, out = recipe.opened(tmp_path / "r.yaml")
+    found = recipe.read_inputs(cfg, out)
+    assert all(found[role] >= 1 for role in recipe.ROLES)
+    assert {(repo, name) for repo, name, _ in asked} == {(f"owner/{role}", "part") for role in recipe.ROLES}
+
+
+def test_check_refuses_what_would_fail_hours_later(tmp_path, capsys, tiny_folder):
+    "A system turn in a template that knows none, a step below a row, a disk that is full: all of them at once, before anything is trained."
+    import shutil
+    from transformers import AutoTokenizer
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    tok = AutoTokenizer.from_pretrained(model)
+    tok.chat_template = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
+                         "{% if add_generation_prompt %}<assistant>{% endif %}")
+    tok.save_pretrained(model)
+    rows = [dict(messages=[dict(role="user", content="How fast?"), dict(role="assistant", content="Slowly.")])] * 3
+    rows[1] = dict(messages=[dict(role="system", content="Be brief."), *rows[0]["messages"]])
+    lines(tmp_path / "answers.jsonl", rows)
+    (tmp_path / "docs").mkdir()
+    for i in range(12): (tmp_path / "docs" / f"{i}.md").write_text(f"Page {i} is about pump {i}, which is checked every {i + 2} days by its keeper. " * 5)
+    cfg = dict(model="model", output="out", data=dict(documents="docs", instructions="answers.jsonl"), pretrain=dict(length=128, tokens_per_step=64), quantize=False)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(cfg))
+    for command in ("check", "run"):
+        status, err = call(capsys, command, tmp_path / "r.yaml")
+        assert status == 2 and "answers.jsonl, row 2" in err and "pretrain.tokens_per_step is 64" in err
+    assert not (tmp_path / "out" / "pretrain").exists() and not (tmp_path / "out" / "baseline").exists()
+
+
+def test_check_reads_what_the_run_then_uses(tmp_path, capsys, tiny_folder, monkeypatch):
+    from domain_llm import corpus, recipe
+    (tmp_path / "docs").mkdir()
+    for i in range(12): (tmp_path / "docs" / f"{i}.md").write_text(f"Page {i} is about pump {i}, which is checked every {i + 2} days by its keeper. " * 5)
+    cfg = dict(model=str(tiny_folder), output="out", data=dict(documents="docs"), mix=dict(tokens=1000), pretrain=dict(length=64, tokens_per_step=64, probes=1), evaluate=dict(probe_tokens=200, questions=10), quantize=False)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(cfg))
+    assert cli.main(["check", str(tmp_path / "r.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert "worth:" in said and "disk:" in said and "memory:" in said
+    monkeypatch.setattr(corpus, "read", lambda *a, **kw: pytest.fail("read again"))
+    metrics = recipe.run(tmp_path / "r.yaml")
+    assert "quantize" not in (tmp_path / "out" / "report.html").read_text().lower().split("settings and versions")[0].replace("quantized", "") and metrics["domain_bpb_after"]
