@@ -46,10 +46,10 @@ def _render(messages, tok, where, ask=False):
         raise InputError(f"{where}: the model's chat template refuses the turns {roles}: {said}. "
                          "Change the conversation to turns that this model knows, or leave it out.") from e
 
-def _closed(text, answer):
-    "Whether a mark stands after the answer at the end of a rendered text."
+def _closed(text, start, answer):
+    "Whether a mark stands after the answer that begins at `start` or later and is the last turn of a rendered text."
     words = answer["content"].strip()
-    at = text.rfind(words)
+    at = text.find(words, start)
     return not words or at < 0 or bool(text[at + len(words):].strip())
 
 def answer_spans(messages:list, tok, # a conversation and the tokenizer with its template
@@ -62,7 +62,8 @@ def answer_spans(messages:list, tok, # a conversation and the tokenizer with its
         if m["role"] != "assistant": continue
         before, upto = _render(messages[:i], tok, where, True), _render(messages[:i + 1], tok, where)
         if not (text.startswith(before) and text.startswith(upto)): return text, None
-        spans.append((len(before), len(upto.rstrip() if _closed(upto, m) else upto)))
+        closed = _closed(upto, len(before), m)
+        spans.append((len(before), len(upto.rstrip() if closed else upto)))
     return text, spans
 
 # %% ../nbs/10_sft.ipynb #8db1cc51
@@ -90,10 +91,10 @@ def _as_text(control, tok):
     ids = tok("\n" + control, **plain).input_ids
     return ids[len(lead):] if ids[:len(lead)] == lead else tok(control, **plain).input_ids
 
-def _end_token(messages, tok, where):
-    "Id of the token that ends the last answer of `messages` if its template writes no mark after it, else None."
+def _end_token(messages, start, tok, where):
+    "Id of the token that ends the last answer of `messages`, which begins at `start`, if the template writes no mark after it, else None."
     text = _render(messages, tok, where)
-    if _closed(text, messages[-1]): return None
+    if _closed(text, start, messages[-1]): return None
     longer = _render(messages + [dict(role="user", content="x")], tok, where)
     opens = tok(longer[len(text):], add_special_tokens=False).input_ids[:1] if longer.startswith(text) else []
     return opens[0] if opens and opens[0] in _control_tokens(tok) else tok.eos_token_id
@@ -130,7 +131,7 @@ def _tokens(text, spans, human, tok):
 def _row(messages, text, spans, upto, tok, source, where): # `upto`: the turns up to each answer in `spans`
     "The token row of a rendered conversation with labels on the `spans` of its text."
     controls, human = _control_tokens(tok), _control_text(messages, text, tok, where)
-    ends = {end: _end_token(turns, tok, where) for (_, end), turns in zip(spans, upto)}
+    ends = {end: _end_token(turns, start, tok, where) for (start, end), turns in zip(spans, upto)}
     ids, labels = [], []
     for i, a, b in _tokens(text, spans, human, tok):
         inside = b > a and any(s <= a < e for s, e in spans)
