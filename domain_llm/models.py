@@ -9,6 +9,7 @@ __all__ = ['DEMO_MODEL', 'MEMORY_ADVICE', 'resolve', 'quiet', 'default_device', 
 # %% ../nbs/01_models.ipynb #c6f32f85
 import errno, json, os
 from pathlib import Path
+from textwrap import shorten
 from .core import InputError, atomic_dir, cache_dir, nearest, read_json
 
 # %% ../nbs/01_models.ipynb #5d2b07fe
@@ -130,7 +131,7 @@ def memory_advice(doing:str): # what is going on, for the message: "training"
     try: yield
     except Exception as e:
         if not out_of_memory(e): raise
-        said = (str(e).strip().split("\n")[0] or type(e).__name__)[:120].rstrip(" .")
+        said = shorten(str(e).strip().split("\n")[0] or type(e).__name__, 160, placeholder=" ...").rstrip(".")
         raise InputError(f"memory ran out while {doing} ({said}). {MEMORY_ADVICE}") from e
 
 # %% ../nbs/01_models.ipynb #7a58f097
