@@ -9,6 +9,7 @@ __all__ = ['DEMO_MODEL', 'MEMORY_ADVICE', 'resolve', 'quiet', 'default_device', 
 # %% ../nbs/01_models.ipynb #c6f32f85
 import errno, json, os
 from pathlib import Path
+from textwrap import shorten
 from .core import InputError, atomic_dir, cache_dir, nearest, read_json
 
 # %% ../nbs/01_models.ipynb #5d2b07fe
@@ -45,8 +46,8 @@ def resolve(name:str=DEMO_MODEL): # the demo model's name, a local folder, or a 
         return str(folder)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not any((path / f).exists() for f in ("config.json", "adapter_config.json")): raise InputError(f"{name} is a folder without config.json, so not a model.{_inside(path)} Name the folder that holds config.json and *.safetensors.")
-        return str(path)
+        if any((path / f).exists() for f in ("config.json", "adapter_config.json")): return str(path)
+        raise InputError(f"{name} is a folder without config.json, so not a model.{_inside(path)} Name the folder that holds config.json and *.safetensors.")
     if path.exists(): raise InputError(f"{name} is a file, not a model folder. Name the folder that holds config.json and *.safetensors.")
     if not _hub_id(name):
         raise InputError(f"no model '{name}'{nearest(name, [DEMO_MODEL])}:{_no_folder(path)} give a folder that exists, a hub id such as Qwen/Qwen3-0.6B, or {DEMO_MODEL}.")
@@ -56,8 +57,9 @@ def _hub_id(name): return str(name).count("/") == 1 and not str(name).startswith
 
 def _inside(folder):
     "What a folder that is no model holds instead, as a sentence."
-    models = sorted(p.parent.relative_to(folder) for pattern in ("*/config.json", "*/*/config.json") for p in folder.glob(pattern))
-    if models: return f" There is a model in {', '.join(map(str, models[:3]))}."
+    configs = [*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]
+    models = sorted(str(p.parent.relative_to(folder)) for p in configs)
+    if models: return f" There is a model in {', '.join(models[:3])}."
     if any(folder.glob("*.gguf")): return " It holds a GGUF file, which can be served but not trained."
     if any(folder.glob("*.safetensors")): return " It holds weights; config.json belongs beside them."
     return ""
@@ -65,7 +67,8 @@ def _inside(folder):
 def _no_folder(path):
     "For a path that is not there but whose parent is: that there is no such folder, with the nearest name."
     if not path.parent.is_dir() or path.parent == Path("."): return ""
-    return f" there is no '{path.name}' in {path.parent}{nearest(path.name, sorted(p.name for p in path.parent.iterdir() if p.is_dir()))};"
+    others = sorted(p.name for p in path.parent.iterdir() if p.is_dir())
+    return f" there is no '{path.name}' in {path.parent}{nearest(path.name, others)};"
 
 # %% ../nbs/01_models.ipynb #44419525
 from contextlib import contextmanager
@@ -111,14 +114,16 @@ def _cpu_bfloat16():
     except (AttributeError, RuntimeError): return False
 
 # %% ../nbs/01_models.ipynb #e776245b
-MEMORY_ADVICE = "Use a smaller model, method: lora (or a smaller rank), a smaller length, or fewer tokens per step; for answers and measurements alone, quantize='nf4' loads the weights in 4 bits."
+MEMORY_ADVICE = ("Use a smaller model, method: lora (or a smaller rank), a smaller length, or fewer tokens per step; "
+                 "for answers and measurements alone, quantize='nf4' loads the weights in 4 bits.")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed")
 
 def out_of_memory(e): # an exception, of whatever library
     "Whether an error says that memory, of the machine or of a GPU, has run out."
     if isinstance(e, InputError): return False
-    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or getattr(e, "errno", None) == errno.ENOMEM: return True
+    if isinstance(e, MemoryError) or getattr(e, "errno", None) == errno.ENOMEM: return True
     said = str(e).lower()
-    return any(words in said for words in ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed"))
+    return any(words in said for words in _OUT_OF_MEMORY)
 
 @contextmanager
 def memory_advice(doing:str): # what is going on, for the message: "training"
@@ -126,7 +131,7 @@ def memory_advice(doing:str): # what is going on, for the message: "training"
     try: yield
     except Exception as e:
         if not out_of_memory(e): raise
-        said = (str(e).strip().split("\n")[0] or type(e).__name__)[:150].rstrip(".")
+        said = shorten(str(e).strip().split("\n")[0] or type(e).__name__, 160, placeholder=" ...").rstrip(".")
         raise InputError(f"memory ran out while {doing} ({said}). {MEMORY_ADVICE}") from e
 
 # %% ../nbs/01_models.ipynb #7a58f097
@@ -134,12 +139,13 @@ def base_of(adapter): # folder with adapter_config.json
     "Folder or hub id of the model that a LoRA adapter belongs to. Raises InputError naming the base if it cannot be found."
     adapter = Path(adapter)
     base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not base: raise InputError(f"the adapter {adapter} does not say which model it belongs to: write it into adapter_config.json as base_model_name_or_path.")
+    if not base: raise InputError(f"the adapter {adapter} does not say which model it belongs to: set base_model_name_or_path in its adapter_config.json.")
     if Path(base).name == DEMO_MODEL and not Path(base).is_dir(): return resolve(DEMO_MODEL)  # its converted copy was somewhere else
     for path in (Path(base).expanduser(), adapter / base):
         if path.is_dir(): return resolve(path)
     if _hub_id(base): return base
-    raise InputError(f"the adapter {adapter} belongs to the model {base}, which is not there (nor relative to the adapter). Put it there, or correct base_model_name_or_path in adapter_config.json.")
+    raise InputError(f"the adapter {adapter} belongs to the model {base}, which is not there (nor relative to the adapter). "
+                     "Put it there, or correct base_model_name_or_path in adapter_config.json.")
 
 def _of_adapter(folder):
     "The model that a folder is or, for a LoRA adapter, that it belongs to; and the adapter's folder or None."
@@ -147,31 +153,40 @@ def _of_adapter(folder):
 
 def _missing(folder):
     "What a local model folder lacks, as a sentence with advice, or None."
-    config, weights, index = (folder / name for name in ("config.json", "model.safetensors", "model.safetensors.index.json"))
-    if (folder / "adapter_config.json").exists(): config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    elif not config.exists(): return "config.json is missing. Copy it from the model's page."
+    adapter = (folder / "adapter_config.json").exists()
+    weights = "adapter_model.safetensors" if adapter else "model.safetensors"
+    if not adapter and not (folder / "config.json").exists(): return "config.json is missing. Copy it from the model's page."
+    index = folder / "model.safetensors.index.json"
     parts = set(read_json(index).get("weight_map", {}).values()) if index.exists() else set()
     lost = sorted(p for p in parts if not (folder / p).exists())
-    if lost: return f"{lost[0]} is missing, which {index.name} names ({len(lost)} of {len(parts)} files are missing). Download the model again."
-    if parts or weights.exists(): return None
+    if lost: return f"{lost[0]} is missing ({len(lost)} of {len(parts)} files that {index.name} names). Download the model again."
+    if parts or (folder / weights).exists(): return None
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-    if pickles: return f"its weights are a pickle file ({pickles[0]}), which can run any code while it loads; only safetensors are read. Use a copy of the model with *.safetensors."
-    return f"its weights are missing: there is no {weights.name}. Download the model again, or name another folder."
+    if pickles: return f"its weights are a pickle file ({pickles[0]}). {_NO_PICKLES}"
+    return f"its weights are missing: there is no {weights}. Download the model again, or name another folder."
+
+_NO_PICKLES = "A pickle can run any code while it loads, so only safetensors are read. Use a copy of the model with *.safetensors."
 
 def _failed(name, e, trust=False):
-    "What went wrong when loading `name`, in one sentence with advice."
-    text = str(e).strip()
-    said, folder = text.split("\n")[0].rstrip("."), Path(name).expanduser()
-    if "trust_remote_code" in text and not trust: return InputError(f"the model {name} brings code of its own. If you trust its authors, load it with trust_remote_code=True.")
-    if isinstance(e, ImportError): return InputError(f"the model '{name}' needs a package that is not installed: {said}.")
-    if folder.is_dir():
-        return InputError(f"cannot load the model '{name}': {_missing(folder) or f'{said}. Its files are there but do not fit each other, or are of a kind that this version of transformers does not know.'}")
-    if "gated repo" in text: return InputError(f"the model '{name}' is gated: its owner gives access on request. Ask for it on https://huggingface.co/{name}, then log in with 'hf auth login'.")
-    hint = _no_folder(folder)
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"): return InputError(f"cannot load the model '{name}':{hint} it is not in the cache and HF_HUB_OFFLINE forbids to download it. Download it first, or use {DEMO_MODEL} or a local folder.")
-    if "not a valid model identifier" in text or "Repository Not Found" in text: return InputError(f"cannot load the model '{name}':{hint} the hub has no model of this name that you may see. Check the spelling; for a private one, log in with 'hf auth login'.")
-    if ".safetensors" in text and "file named" in text: return InputError(f"cannot load the model '{name}': it has no safetensors files, and pickle files, which can run any code while they load, are not read. Use a copy of the model with *.safetensors.")
-    return InputError(f"cannot load the model '{name}':{hint} {said}. Check the network; offline, use {DEMO_MODEL} or a local folder.")
+    "The InputError that says what went wrong when loading `name`."
+    text, folder = str(e).strip(), Path(name).expanduser()
+    said = text.split("\n")[0].rstrip(".") or type(e).__name__
+    if "trust_remote_code" in text and not trust:
+        return InputError(f"the model {name} brings code of its own. If you trust its authors, load it with trust_remote_code=True.")
+    if isinstance(e, ImportError): why = f"it needs a package that is not installed: {said}."
+    elif folder.is_dir(): why = _missing(folder) or f"{said}. Its files do not fit each other, or this version of transformers does not know its kind."
+    else: why = f"{_no_folder(folder)}{_hub_says(name, text, said)}"
+    return InputError(f"cannot load the model '{name}': {why.strip()}")
+
+def _hub_says(name, text, said):
+    "What an error of the Hugging Face hub comes from, as a sentence with advice."
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true")
+    if offline: return f" it is not in the cache, and HF_HUB_OFFLINE forbids a download. Download it first, or use {DEMO_MODEL} or a local folder."
+    if "gated repo" in text: return f" it is gated: its owner gives access on request. Ask on https://huggingface.co/{name}, then log in with 'hf auth login'."
+    unknown = "not a valid model identifier" in text or "Repository Not Found" in text
+    if unknown: return " the hub has no model of this name that you may see. Check the spelling; for a private one, log in with 'hf auth login'."
+    if "file named" in text and ".safetensors" in text: return f" it has no safetensors files. {_NO_PICKLES}"
+    return f" {said}. Check the network; offline, use {DEMO_MODEL} or a local folder."
 
 def load_tokenizer(name:str=DEMO_MODEL, # as in `resolve`
                    trust_remote_code:bool=False): # run code that comes with the model
@@ -187,19 +202,21 @@ def load_tokenizer(name:str=DEMO_MODEL, # as in `resolve`
     return tok
 
 def _no_tokenizer(name, e, trust):
-    "Why a tokenizer could not be loaded."
-    here = Path(name)
-    files = [f for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken") for f in here.glob(pattern)] if here.is_dir() else []
-    if here.is_dir() and not files: return InputError(f"the model folder {name} has no tokenizer files (tokenizer.json, tokenizer_config.json). Copy them from the model's page.")
-    if files and "trust_remote_code" not in str(e): return InputError(f"cannot read the tokenizer in {name}: {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}. Copy its files again from the model's page.")
-    return _failed(name, e, trust)
+    "The InputError that says why a tokenizer could not be loaded."
+    folder = Path(name)
+    if not folder.is_dir() or "trust_remote_code" in str(e): return _failed(name, e, trust)
+    patterns = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+    if not any(f for pattern in patterns for f in folder.glob(pattern)):
+        return InputError(f"the model folder {name} has no tokenizer files (tokenizer.json, tokenizer_config.json). Copy them from the model's page.")
+    said = (str(e).strip() or type(e).__name__).split("\n")[0].rstrip(".")
+    return InputError(f"cannot read the tokenizer in {name}: {said}. Copy its files again from the model's page.")
 
 def load(name:str=DEMO_MODEL, # as in `resolve`
          dtype=None, # torch dtype; on a GPU `half_dtype`, on a CPU float32 when not given
          device=None, # "cpu", "cuda", "mps", ...; `default_device` when not given
          quantize:str=None, # "nf4" or "int8": bitsandbytes weights of 4 or 8 bits
          trust_remote_code:bool=False): # run code that comes with the model
-    "Load `(model, tokenizer)`, the model in evaluation mode, with a LoRA adapter merged into it. Raises InputError when the name or the files are wrong or memory runs out."
+    "Load `(model, tokenizer)`, in evaluation mode, a LoRA adapter merged into its base. Raises InputError on wrong names or files and when memory runs out."
     import torch
     device = device or default_device()
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else half_dtype(device))
@@ -234,7 +251,8 @@ def _bnb(quantize, dtype):
     from transformers import BitsAndBytesConfig
     known = {"nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True), "int8": dict(load_in_8bit=True)}
     if quantize not in known: raise InputError(f"unknown quantization '{quantize}'{nearest(quantize, known)}: choose nf4 or int8.")
-    if find_spec("bitsandbytes") is None: raise InputError(f'quantize="{quantize}" needs the package bitsandbytes: pip install "domain_llm[gpu]", or pip install bitsandbytes.')
+    if find_spec("bitsandbytes") is None:
+        raise InputError(f'quantize="{quantize}" needs the package bitsandbytes: pip install bitsandbytes.')
     return BitsAndBytesConfig(**known[quantize])
 
 # %% ../nbs/01_models.ipynb #8a955b11

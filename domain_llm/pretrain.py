@@ -57,7 +57,7 @@ def token_losses(model, batch:dict): # tensors of shape (1, tokens)
 
 @cache
 def _forward_takes(kind, name):
-    "Whether the forward of a model class has a parameter of this name; code that comes with a model (ChatGLM, Baichuan) lacks the newer ones."
+    "Whether the forward of a model class has a parameter of this name; code that comes with a model may lack the newer ones."
     from inspect import signature
     return name in signature(kind.forward).parameters
 
@@ -288,7 +288,7 @@ def train(model, # from `load`, or with `add_lora` applied
           probe=None, # function(model) -> {"score": lower is better, ...}; None: no probes
           seed:int=0,
           keep=None): # folder that gets the model at every probe, as step-N; not kept when not given
-    "Train `model` in place on packed `rows`; gives `{'history': [...], 'best_step', 'tokens', 'steps', 'without_labels'}`, the last being the rows left out for having no label. Raises InputError if memory runs out."
+    "Train `model` in place on packed `rows`; gives `{'history': [...], 'best_step', 'tokens', 'steps', 'without_labels'}` (rows left out for having no label)."
     import torch
     from transformers import TrainingArguments, set_seed
     from domain_llm.models import quiet
@@ -300,11 +300,11 @@ def train(model, # from `load`, or with `add_lora` applied
     per_step = max(1, round(cfg["tokens_per_step"] / cfg["length"]))
     steps = -(-len(data) // per_step)
     marks = {round(steps * (i + 1) / cfg["probes"]) for i in range(cfg["probes"])} - {0}
-    cpu = model.device.type == "cpu"
+    cpu, autocast = model.device.type == "cpu", hasattr(model, "peft_config") and half_dtype(model.device) == torch.bfloat16
     args = TrainingArguments(
         output_dir=str(out), per_device_train_batch_size=1, gradient_accumulation_steps=per_step, num_train_epochs=1, seed=seed,
         learning_rate=cfg["learning_rate"], lr_scheduler_type={"cosine": "cosine", "constant": "constant_with_warmup"}[cfg["schedule"]], warmup_steps=round(cfg["warmup"] * steps), weight_decay=cfg["weight_decay"],
-        max_grad_norm=1.0, bf16=hasattr(model, "peft_config") and half_dtype(model.device) == torch.bfloat16, use_cpu=cpu, train_sampling_strategy="sequential", remove_unused_columns=False,
+        max_grad_norm=1.0, bf16=autocast, use_cpu=cpu, train_sampling_strategy="sequential", remove_unused_columns=False,
         logging_steps=max(1, steps // 50), disable_tqdm=True, report_to="none", dataloader_pin_memory=not cpu,
         eval_strategy="steps" if probe else "no", eval_steps=steps, save_strategy="steps", save_steps=steps, save_total_limit=2,
         load_best_model_at_end=bool(probe), metric_for_best_model="score" if probe else None, greater_is_better=False if probe else None)
@@ -325,7 +325,8 @@ def train(model, # from `load`, or with `add_lora` applied
         del trainer
         gc.collect()  # the optimizer's memory goes back to the system as the block ends
     history = ([read_json(start)] if probe else []) + [{k.replace("eval_", ""): v for k, v in h.items()} for h in history if "train_runtime" not in h]
-    return dict(history=history, best_step=best or steps, steps=steps, tokens=sum(len(r["input_ids"]) for r in rows), without_labels=given - len(rows))
+    tokens = sum(len(r["input_ids"]) for r in rows)
+    return dict(history=history, best_step=best or steps, steps=steps, tokens=tokens, without_labels=given - len(rows))
 
 # %% ../nbs/06_pretrain.ipynb #81f8fc82
 _EXCERPT = 800 # bytes of an excerpt at least, about 200 tokens

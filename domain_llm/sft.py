@@ -22,7 +22,7 @@ def check_messages(messages, where:str): # the turns of a conversation, and how 
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages): raise InputError(f"{where}: no answer by the assistant, so nothing to learn from.")
 
 def read_conversations(path): # a .jsonl or .json file
-    "Instruction rows `{'messages', 'task', 'where'}` from messages- or alpaca-style rows; `where` names the row in errors. Raises InputError naming the row."
+    "Instruction rows `{'messages', 'task', 'where'}` from messages- or alpaca-style rows; `where` is the row's name in errors. Raises InputError."
     rows = read_jsonl(path) if str(path).endswith(".jsonl") else read_json(path)
     if not isinstance(rows, list) or not rows: raise InputError(f"{path} holds no conversations: expected a list of rows with 'messages', or with 'instruction' and 'output'.")
     out = []
@@ -43,24 +43,27 @@ def _render(messages, tok, where, ask=False):
     try: return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
     except Exception as e:  # a template is a program of the model's makers: it may raise anything
         said, roles = str(e).strip().split("\n")[0].rstrip("."), ", ".join(m["role"] for m in messages)
-        raise InputError(f"{where}: the model's chat template refuses the turns {roles}: {said}. Change the conversation to turns that this model knows, or leave it out.") from e
+        raise InputError(f"{where}: the model's chat template refuses the turns {roles}: {said}. "
+                         "Change the conversation to turns that this model knows, or leave it out.") from e
 
-def _closed(text, answer):
-    "Whether a mark stands after the answer at the end of a rendered text."
+def _closed(text, start, answer):
+    "Whether a mark stands after the answer that begins at `start` or later and is the last turn of a rendered text."
     words = answer["content"].strip()
-    at = text.rfind(words)
+    at = text.find(words, start)
     return not words or at < 0 or bool(text[at + len(words):].strip())
 
 def answer_spans(messages:list, tok, # a conversation and the tokenizer with its template
                  where:str="the conversation"): # how to call it in an error
-    "The rendered text and the character spans `[(start, end), ...]` of the assistant's turns, end-of-turn mark included. Raises InputError if the template refuses it."
-    if messages[0]["role"] == "assistant": raise InputError(f"{where}: the conversation is opened by the assistant. Put the user's question first, or leave it out.")
+    "The rendered text and the character spans `[(start, end), ...]` of the assistant's turns, end-of-turn mark included."
+    if messages[0]["role"] == "assistant":
+        raise InputError(f"{where}: the conversation is opened by the assistant. Put the user's question first, or leave it out.")
     text, spans = _render(messages, tok, where), []
     for i, m in enumerate(messages):
         if m["role"] != "assistant": continue
         before, upto = _render(messages[:i], tok, where, True), _render(messages[:i + 1], tok, where)
         if not (text.startswith(before) and text.startswith(upto)): return text, None
-        spans.append((len(before), len(upto.rstrip() if _closed(upto, m) else upto)))
+        closed = _closed(upto, len(before), m)
+        spans.append((len(before), len(upto.rstrip() if closed else upto)))
     return text, spans
 
 # %% ../nbs/10_sft.ipynb #8db1cc51
@@ -77,19 +80,21 @@ def _control_text(messages, text, tok, where):
     pattern = re.compile("|".join(map(re.escape, names)))
     blanked = [{**m, "content": pattern.sub(lambda found: _BLANK * len(found[0]), m["content"])} for m in messages]
     shown = _render(blanked, tok, where)
-    if len(shown.rstrip()) != len(text.rstrip()): raise InputError(f"{where}: a turn holds a control token such as {names[-1]}, and the model's chat template reacts to it. Remove it from the text.")
+    if len(shown.rstrip()) != len(text.rstrip()):
+        raise InputError(f"{where}: a turn holds a control token such as {names[-1]}, and the model's chat template reacts to it. Remove it from the text.")
     return [found.span() for found in re.finditer(_BLANK + "+", shown)]
 
 def _as_text(control, tok):
     "Token ids of a control token's text, read as any other text."
     lead = tok("\n", add_special_tokens=False).input_ids  # some tokenizers put a space before the first word of a text
-    ids = tok("\n" + control, add_special_tokens=False, split_special_tokens=True).input_ids
-    return ids[len(lead):] if ids[:len(lead)] == lead else tok(control, add_special_tokens=False, split_special_tokens=True).input_ids
+    plain = dict(add_special_tokens=False, split_special_tokens=True)
+    ids = tok("\n" + control, **plain).input_ids
+    return ids[len(lead):] if ids[:len(lead)] == lead else tok(control, **plain).input_ids
 
-def _end_token(messages, tok, where):
-    "Id of the token that ends the last answer of `messages` if its template writes no mark after it, else None."
+def _end_token(messages, start, tok, where):
+    "Id of the token that ends the last answer of `messages`, which begins at `start`, if the template writes no mark after it, else None."
     text = _render(messages, tok, where)
-    if _closed(text, messages[-1]): return None
+    if _closed(text, start, messages[-1]): return None
     longer = _render(messages + [dict(role="user", content="x")], tok, where)
     opens = tok(longer[len(text):], add_special_tokens=False).input_ids[:1] if longer.startswith(text) else []
     return opens[0] if opens and opens[0] in _control_tokens(tok) else tok.eos_token_id
@@ -98,7 +103,7 @@ def encode(messages:list, # a conversation
            tok, # tokenizer with a chat template
            source:str="sft", # name kept with the rows
            where:str="the conversation"): # how to call it in an error
-    "Token rows with labels on the assistant's turns only. A template that rewrites earlier turns gives one row per answer. Raises InputError if the template refuses the conversation."
+    "Token rows with labels on the assistant's turns only; one row per answer if the template rewrites earlier turns. Raises InputError if it refuses them."
     text, spans = answer_spans(messages, tok, where)
     answers = [i + 1 for i, m in enumerate(messages) if m["role"] == "assistant"]
     if spans is None: return [_last_only(messages[:i], tok, source, where) for i in answers]
@@ -107,7 +112,8 @@ def encode(messages:list, # a conversation
 def _last_only(messages, tok, source, where):
     "One token row with labels on the last answer only, for templates that rewrite earlier turns."
     text, before = _render(messages, tok, where).rstrip(), _render(messages[:-1], tok, where, True)
-    if not text.startswith(before): raise InputError(f"{where}: the chat template writes an answer differently from what it asks for (rendering is not a prefix): repair the model's chat template.")
+    if not text.startswith(before):
+        raise InputError(f"{where}: the chat template writes an answer differently from what it asks for (rendering is not a prefix): repair the model's chat template.")
     return _row(messages, text, [(len(before), len(text))], [messages], tok, source, where)
 
 def _tokens(text, spans, human, tok):
@@ -115,13 +121,17 @@ def _tokens(text, spans, human, tok):
     if tok.is_fast:
         enc = tok(text, add_special_tokens=False, return_offsets_mapping=True)
         return [(i, a, b) for i, (a, b) in zip(enc.input_ids, enc.offset_mapping)]
-    borders = sorted({0, len(text), *(at for span in spans + human for at in span)})  # a tokenizer in Python knows no places: cut the text where labels begin and end
-    return [(i, a, b) for a, b in pairwise(borders) for i in tok(text[a:b], add_special_tokens=False, split_special_tokens=(a, b) in human).input_ids]
+    borders = sorted({0, len(text), *(at for span in spans + human for at in span)})
+    out = []
+    for a, b in pairwise(borders):  # a tokenizer in Python knows no places, so the text is cut where labels begin and end
+        ids = tok(text[a:b], add_special_tokens=False, split_special_tokens=(a, b) in human).input_ids
+        out += [(i, a, b) for i in ids]
+    return out
 
 def _row(messages, text, spans, upto, tok, source, where): # `upto`: the turns up to each answer in `spans`
     "The token row of a rendered conversation with labels on the `spans` of its text."
     controls, human = _control_tokens(tok), _control_text(messages, text, tok, where)
-    ends = {end: _end_token(turns, tok, where) for (_, end), turns in zip(spans, upto)}
+    ends = {end: _end_token(turns, start, tok, where) for (start, end), turns in zip(spans, upto)}
     ids, labels = [], []
     for i, a, b in _tokens(text, spans, human, tok):
         inside = b > a and any(s <= a < e for s, e in spans)
@@ -152,7 +162,8 @@ def encode_all(rows:list, # instruction rows; a row's "where" names it in errors
                length:int=512, # longest conversation, in tokens
                source:str="sft"): # name kept with the rows
     "Token rows of all conversations that fit `length`, and the number left out as too long. Raises InputError naming a row that the template refuses."
-    coded = [r for n, row in enumerate(rows, 1) for r in encode(row["messages"], tok, source, row.get("where", f"conversation {n}"))]
+    coded = []
+    for n, row in enumerate(rows, 1): coded += encode(row["messages"], tok, source, row.get("where", f"conversation {n}"))
     kept = [r for r in coded if len(r["input_ids"]) <= length]
     if not kept: raise InputError(f"no conversation fits into {length} tokens (the shortest has {min((len(r['input_ids']) for r in coded), default=0)}): raise 'length'.")
     return kept, len(coded) - len(kept)
@@ -173,7 +184,8 @@ def _fault(messages, tok):
         coded, lost = encode(messages, tok, where=where), _lost(messages, tok, where)
     except InputError as e: return str(e).removeprefix(f"{where}: ")
     if lost: return f"the model's chat template leaves out the {lost['role']}'s turn '{lost['content'].strip()[:60]}'."
-    return None if any(l != -100 for r in coded for l in r["labels"][1:]) else "no token of the assistant's would be trained on."
+    trained = any(l != -100 for r in coded for l in r["labels"][1:])
+    return None if trained else "no token of the assistant's would be trained on."
 
 def render_faults(rows:list, # instruction rows
                   tok): # tokenizer with a chat template

@@ -194,3 +194,12 @@ def test_a_tokenizer_without_offsets_gives_the_same_mask():
     assert text([l for l in row["labels"] if l != -100]) == CONVERSATIONS["mistral"][1]
     asked, = sft.encode([dict(role="user", content="</s><s> 3?"), ASK[1]], slow)
     assert text(asked["input_ids"]) == "<s>[INST] </s><s> 3? [/INST]4</s>" and [asked["input_ids"].count(i) for i in (slow.bos_token_id, slow.eos_token_id)] == [1, 1]
+
+
+@pytest.mark.parametrize("answer", [">", "|>", "end|>", "s>", "</s>", "<|im_end|>"])
+@pytest.mark.parametrize("name", ["smollm2", "qwen2.5", "llama3", "mistral", "gemma"])
+def test_an_answer_that_looks_like_the_end_mark_gets_no_second_one(tok, name, answer):
+    tok = tok if name == "smollm2" else family(name)
+    talk = [ASK[0], dict(role="assistant", content=answer)]
+    row, = sft.encode(talk, tok)
+    assert tok.decode(row["input_ids"]) == tok.apply_chat_template(talk, tokenize=False)
