@@ -132,9 +132,13 @@ def _page(raw):
 
 def _html(path, raw):
     "The main text of a page: no scripts, navigation, banners or footers; tables as rows, code fenced."
+    import warnings
     from bs4 import BeautifulSoup
     page = _page(raw)
-    try: soup = BeautifulSoup(page, "lxml")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore") # of XHTML, which this parser reads as well
+            soup = BeautifulSoup(page, "lxml")
     except Exception as e: raise _Skip(f"broken HTML: {e}") from None
     title = soup.title.get_text(" ", strip=True) if soup.title else ""
     named = soup.find("main") or soup.find(attrs={"role": "main"}) or (soup.article if len(soup.find_all("article", limit=2)) == 1 else None)
@@ -153,7 +157,7 @@ def _main(root, page): # an element; the source of the page
     "The innermost part of `root` with nearly everything that trafilatura takes for the main text (Barbaresi 2021)."
     import logging, trafilatura
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL) # it says much about a page that it finds empty
-    try: found = shingles(trafilatura.extract(page, include_comments=False, favor_recall=True) or "")
+    try: found = shingles(trafilatura.extract(page, include_comments=False) or "")
     except Exception: found = shingles("") # a page that it cannot read
     strings = root.find_all(string=True)
     shared = _shared(_sketches([str(s) for s in strings]), found)

@@ -275,6 +275,14 @@ def test_names_of_the_hub_and_mistyped_paths(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(InputError, match="did you mean 'manuals'"): read("manual")
 
+def test_damaged_documents_end_in_the_skipped_list(tmp_path):
+    "Three seconds of tools/fuzz_readers.py, from a fixed seed."
+    path = Path(__file__).resolve().parents[1] / "tools" / "fuzz_readers.py"
+    spec = importlib.util.spec_from_file_location("fuzz_readers", path)
+    tool = importlib.util.module_from_spec(spec); spec.loader.exec_module(tool)
+    rounds, found = tool.fuzz(3, 0, tmp_path)
+    assert rounds > 5 and found == []
+
 # ---- cleaning
 
 @pytest.mark.parametrize("raw, want", [
