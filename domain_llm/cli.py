@@ -164,15 +164,18 @@ def _eval(a):
     from domain_llm.core import InputError, refuse_existing, write_json
     if a.limit < 1: raise InputError(f"--limit is {a.limit}, but must be at least 1.")
     if a.json and not a.force: refuse_existing(a.json, "Choose another name, remove it, or say --force.")
-    questions = (evaluate.read_questions(a.questions) if a.questions else list(demo.common()))[:a.limit]
+    questions = (evaluate.read_questions(a.questions) if a.questions else [{**q, "group": str(i)} for i, q in enumerate(demo.common())])[:a.limit]
     docs = list(corpus.read(a.text)[0]) if a.text else list(demo.python_docs())
     found = {name: _measured(name, questions, docs, a.trust_remote_code) for name in dict.fromkeys([a.model, a.versus or a.model])}
     if a.versus:
         change = evaluate.paired(*(found[m]["multiple_choice"]["correct"] for m in (a.model, a.versus)), [q.get("group", i) for i, q in enumerate(questions)])
-        spread = f" (95% interval {change['low']:+.1%} to {change['high']:+.1%})" if change["low"] is not None else " (one group of questions: no interval)"
-        print(f"{a.versus} minus {a.model}: {change['diff']:+.1%}{spread}")
+        print(f"{a.versus} minus {a.model}: {change['diff']:+.1%} ({_span(change, '+.1%')})")
         found["change"] = change
     if a.json: write_json(a.json, found)
+
+def _span(r, form):
+    "The interval of a figure in words."
+    return "no interval: one group of items" if r["low"] is None else f"95% interval {r['low']:{form}} to {r['high']:{form}}"
 
 def _measured(name, questions, docs, trust_remote_code):
     "Multiple choice and bits per byte of one model, which is let go again."
@@ -181,9 +184,8 @@ def _measured(name, questions, docs, trust_remote_code):
     from domain_llm.pretrain import excerpts
     model, tok = load(_model(name), trust_remote_code=trust_remote_code)
     m, b = evaluate.multiple_choice(model, tok, questions), evaluate.bits_per_byte(model, tok, excerpts(docs, 8000))
-    spread = f"{b['low']:.3f} to {b['high']:.3f}, " if b["low"] is not None else ""
-    print(f"{name}\n  multiple choice  {m['accuracy']:.1%}  (95% interval {m['low']:.1%} to {m['high']:.1%}, {m['n']} questions, chance {m['chance']:.1%})"
-          f"\n  bits per byte    {b['bpb']:.3f}  ({spread}{b['bytes']:,} bytes)")
+    print(f"{name}\n  multiple choice  {m['accuracy']:.1%}  ({_span(m, '.1%')}, {m['n']} questions, chance {m['chance']:.1%})"
+          f"\n  bits per byte    {b['bpb']:.3f}  ({_span(b, '.3f')}, {b['bytes']:,} bytes)")
     return dict(multiple_choice=m, bits_per_byte=b)
 
 def _ablate(a):
@@ -205,7 +207,8 @@ def main(argv=None): # the words after "domain-llm"; the process's own when not 
     "The command line. Gives the exit status: 0 done, 2 bad input, 3 some files skipped, 130 interrupted."
     a = _parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from domain_llm.core import InputError
+    from domain_llm.core import InputError, share_cores
+    if a.command in ("run", "check", "eval", "ablate"): share_cores()
     try: return {"run": _run, "check": _check, "tidy": _tidy, "init": _init, "corpus": _corpus, "eval": _eval, "ablate": _ablate, "chat": _chat, "serve": _serve}[a.command](a) or 0
     except InputError as e: print(f"domain-llm: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt: print("\ninterrupted; the same command goes on from here", file=sys.stderr); return 130

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['InputError', 'nearest', 'refuse_existing', 'atomic_file', 'atomic_dir', 'write_json', 'read_json', 'write_jsonl',
-           'read_jsonl', 'cache_dir', 'file_hash', 'fingerprint', 'progress', 'versions', 'machine', 'peak_memory_gb',
-           'reset_peak_memory', 'results_dir', 'provenance', 'save_result', 'load_result']
+           'read_jsonl', 'hub_rows', 'cache_dir', 'file_hash', 'fingerprint', 'progress', 'running', 'share_cores',
+           'versions', 'machine', 'peak_memory_gb', 'reset_peak_memory', 'results_dir', 'provenance', 'save_result',
+           'load_result']
 
 # %% ../nbs/00_core.ipynb #21c7c543
 import hashlib, json, math, os, re, shutil, sys, tempfile, time
@@ -104,6 +105,17 @@ def read_jsonl(path):
         rows.append(row)
     return rows
 
+# %% ../nbs/00_core.ipynb #612cbcae
+def hub_rows(name:str, # OWNER/NAME or OWNER/NAME:SUBSET
+             split:str): # "train" or "test"
+    "A split of a data set on the hub, as a `datasets.Dataset`. Raises InputError when it cannot be loaded."
+    import datasets
+    repo, _, subset = name.partition(":")
+    try: return datasets.load_dataset(repo, subset or None, split=split)
+    except Exception as e:
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise InputError(f"{name}: neither a file here nor a data set whose {split} split could be loaded ({why}). Check the name (OWNER/NAME or OWNER/NAME:SUBSET), or the network.") from e
+
 # %% ../nbs/00_core.ipynb #5b060197
 def cache_dir():
     "Folder for converted models and demo data: $DOMAIN_LLM_CACHE, else ~/.cache/domain_llm."
@@ -134,8 +146,18 @@ def progress(it=None, # an iterable, or None to call `.update(n)` by hand
     return tqdm(it, total=total, desc=desc, unit=unit, delay=2, disable=None, dynamic_ncols=True, leave=False)
 
 # %% ../nbs/00_core.ipynb #973a0100
-_SPINS = "10000" # libgomp's own is 300,000
-if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ: os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+def running(samples:int=5): # looks, 20 milliseconds apart
+    "How many threads of other programs are running, on average over a tenth of a second; 0 where the system does not say."
+    found = []
+    for _ in range(samples):
+        time.sleep(0.02)
+        found += [int(line.split()[3].split("/")[0]) - 1 for line in _lines("/proc/loadavg")]  # one of them is this look
+    return sum(found) / len(found) if found else 0.0
+
+def share_cores():
+    "Let PyTorch's threads sleep early when other programs are running; does nothing once PyTorch is loaded."
+    if "torch" in sys.modules or "OMP_WAIT_POLICY" in os.environ: return
+    if running() >= 0.5: os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp's own is 300,000
 
 # %% ../nbs/00_core.ipynb #4f7bcd0c
 def versions():

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean
 from .ablate import difference
-from .core import InputError, atomic_file, progress, read_jsonl, write_jsonl
+from .core import InputError, atomic_file, hub_rows, progress, read_jsonl, write_jsonl
 
 # %% ../nbs/04_evaluate.ipynb #c8732381
 def _parts(model):
@@ -263,11 +263,7 @@ def _csv_rows(path):
 
 def _hub_rows(name):
     "Question rows of the test split of a data set on the hub, in the columns of MMLU or CMMLU."
-    import datasets
-    repo, _, subset = name.partition(":")
-    try: rows = datasets.load_dataset(repo, subset or None, split="test").to_list()
-    except Exception as e:
-        raise InputError(f"{name}: neither a file here nor a data set whose test split could be loaded ({(str(e).strip() or type(e).__name__).splitlines()[0]}). Check the name (OWNER/NAME or OWNER/NAME:SUBSET), or the network.") from e
+    rows = hub_rows(name, "test").to_list()
     columns = set(rows[0]) if rows else set()
     if {"question", "choices", "answer"} <= columns: return [(r, None) for r in rows]
     letters = [c for c in "ABCDEFGHIJ" if c in columns]

@@ -9,7 +9,7 @@ __all__ = ['DEFAULTS', 'check_messages', 'read_conversations', 'answer_spans', '
 import re
 from itertools import pairwise
 from pathlib import Path
-from .core import InputError, read_json, read_jsonl
+from .core import InputError, hub_rows, read_json, read_jsonl
 from .pretrain import settings, train
 
 # %% ../nbs/10_sft.ipynb #835505ed
@@ -21,9 +21,10 @@ def check_messages(messages, where:str): # the turns of a conversation, and how 
             raise InputError(f"{where}: each turn needs a role (system, user or assistant) and a text 'content'; got {str(m)[:80]}.")
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages): raise InputError(f"{where}: no answer by the assistant, so nothing to learn from.")
 
-def read_conversations(path): # a .jsonl or .json file
+def read_conversations(path): # a .jsonl or .json file, or a data set on the hub (OWNER/NAME or OWNER/NAME:SUBSET)
     "Instruction rows `{'messages', 'task', 'where'}` from messages- or alpaca-style rows; `where` is the row's name in errors. Raises InputError."
-    rows = read_jsonl(path) if str(path).endswith(".jsonl") else read_json(path)
+    on_hub = str(path).partition(":")[0].count("/") == 1 and not Path(path).exists() and Path(path).suffix not in (".jsonl", ".json")
+    rows = hub_rows(str(path), "train").to_list() if on_hub else read_jsonl(path) if str(path).endswith(".jsonl") else read_json(path)
     if not isinstance(rows, list) or not rows: raise InputError(f"{path} holds no conversations: expected a list of rows with 'messages', or with 'instruction' and 'output'.")
     out = []
     for n, row in enumerate(rows, 1):

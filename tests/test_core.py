@@ -60,3 +60,18 @@ def test_json_says_the_same_with_short_lists_on_a_line(obj, tmp_path):
 def test_plain_lists_take_one_line(tmp_path):
     core.write_json(tmp_path / "x.json", {"values": list(range(1000)), "n": 1})
     assert len((tmp_path / "x.json").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("others, given, want", [("3/99", None, "1000"), ("1/99", None, None), ("3/99", "77", "77")])
+def test_threads_sleep_early_only_where_others_are_running(others, given, want, monkeypatch):
+    "/proc/loadavg counts the running threads, this one included; a value of the user's stays."
+    monkeypatch.setattr(core, "_lines", lambda path: [f"0.5 0.5 0.5 {others} 4711"])
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"): monkeypatch.delenv(name, raising=False)
+    if given: monkeypatch.setenv("GOMP_SPINCOUNT", given)
+    core.share_cores()
+    assert os.environ.get("GOMP_SPINCOUNT") == want
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setattr(core, "_lines", lambda path: [])  # a system that does not say
+    core.share_cores()
+    assert "GOMP_SPINCOUNT" not in os.environ
