@@ -130,6 +130,19 @@ def _page(raw):
     try: return raw.decode(codec if raw.isascii() else "utf-8")
     except UnicodeDecodeError: return _nearly(raw, codec) or decode(raw)
 
+class _Depth:
+    "What a parser calls, to count how deep elements are nested."
+    now = most = 0
+    def start(self, tag, attributes): self.now += 1; self.most = max(self.most, self.now)
+    def end(self, tag): self.now -= 1
+    def close(self): return self.most
+
+def _depth(page):
+    "How deep the elements of a page are nested."
+    from lxml import etree
+    try: return etree.fromstring(page.encode("utf-8", "replace"), etree.HTMLParser(target=_Depth(), encoding="utf-8")) if page.strip() else 0
+    except etree.LxmlError: return 0 # the parser proper says what is wrong
+
 _LONG_TAG = re.compile("<[a-zA-Z][^<>]{5000,}>?") # a picture in base64, or attributes without end, which parsers read in quadratic time
 
 def _html(path, raw):
@@ -137,6 +150,7 @@ def _html(path, raw):
     import warnings
     from bs4 import BeautifulSoup
     page = _LONG_TAG.sub("", _page(raw))
+    if _depth(page) > 3000: raise _Skip("broken HTML: elements nested more than 3,000 deep") # where the parser's time grows with the square
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore") # of XHTML, which this parser reads as well
