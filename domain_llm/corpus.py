@@ -130,11 +130,27 @@ def _page(raw):
     try: return raw.decode(codec if raw.isascii() else "utf-8")
     except UnicodeDecodeError: return _nearly(raw, codec) or decode(raw)
 
+class _Depth:
+    "What a parser calls, to count how deep elements are nested."
+    now = most = 0
+    def start(self, tag, attributes): self.now += 1; self.most = max(self.most, self.now)
+    def end(self, tag): self.now -= 1
+    def close(self): return self.most
+
+def _depth(page):
+    "How deep the elements of a page are nested."
+    from lxml import etree
+    try: return etree.fromstring(page.encode("utf-8", "replace"), etree.HTMLParser(target=_Depth(), encoding="utf-8")) if page.strip() else 0
+    except etree.LxmlError: return 0 # the parser proper says what is wrong
+
+_LONG_TAG = re.compile("<[a-zA-Z][^<>]{5000,}>?") # a picture in base64, or attributes without end, which parsers read in quadratic time
+
 def _html(path, raw):
     "The main text of a page: no scripts, navigation, banners or footers; tables as rows, code fenced."
     import warnings
     from bs4 import BeautifulSoup
-    page = _page(raw)
+    page = _LONG_TAG.sub("", _page(raw))
+    if _depth(page) > 3000: raise _Skip("broken HTML: elements nested more than 3,000 deep") # where the parser's time grows with the square
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore") # of XHTML, which this parser reads as well
@@ -157,18 +173,18 @@ def _main(root, page): # an element; the source of the page
     "The innermost part of `root` with nearly everything that trafilatura takes for the main text (Barbaresi 2021)."
     import logging, trafilatura
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL) # it says much about a page that it finds empty
-    try: found = shingles(trafilatura.extract(page, include_comments=False) or "")
-    except Exception: found = shingles("") # a page that it cannot read
+    try: found = trafilatura.extract(page, include_comments=False) or ""
+    except Exception: found = "" # a page that it cannot read
     strings = root.find_all(string=True)
-    shared = _shared(_sketches([str(s) for s in strings]), found)
-    held = _sums(root, dict(zip(map(id, strings), shared)))
+    there = set(_runs(found, 1))
+    held = _sums(root, {id(s): sum(r in there for r in _runs(s, 8)) for s in strings})
     parts = [t for t in root.find_all(["main", "article", "section", "div", "td"]) if held[id(t)] >= 0.95 * held[id(root)]]
     return parts[-1] if held[id(root)] and parts else root # in the order of the page, hence the last is the innermost
 
-def _shared(sets, found):
-    "How many hashes of each set are among the hashes `found`."
-    owner = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
-    return np.bincount(owner, np.isin(np.concatenate([*sets, found[:0]]), found), len(sets))
+def _runs(text, step):
+    "Runs of 16 letters and digits of a text, one at each `step`."
+    letters = re.sub(r"[\W_]+", "", text.casefold())
+    return [letters[i:i + 16] for i in range(0, len(letters) - 15, step)]
 
 # %% ../nbs/03_corpus.ipynb #968f5334
 _BLOCKS = dict.fromkeys("p div section article main ul ol dl blockquote figure figcaption details summary hr fieldset address table tbody td th".split(), "\n\n") | dict.fromkeys(("tr", "dd", "dt"), "\n")
