@@ -177,9 +177,20 @@ def test_a_run_that_goes_on_between_its_stages_ends_the_same(whole, tmp_path):
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_trained_model_is_saved_before_it_is_interpolated(tiny_folder, tmp_path, monkeypatch, method):
     "A run that is cut in the search for the share goes on without training again, and ends as one that was not cut."
+    import torch
     from domain_llm import pretrain
+    from domain_llm.models import load
     cfg = small(tiny_folder, sft=False, quantize=False, mix=dict(parts=dict(domain=1), tokens=3000), evaluate=dict(questions=40, probe_tokens=400),
-                pretrain=dict(method=method, length=128, tokens_per_step=128, probes=1, learning_rate=3e-2, forgetting_budget=1e-6))
+                pretrain=dict(method=method, length=128, tokens_per_step=128, probes=1, learning_rate=1e-2))
+    base, ids = load(str(tiny_folder))[0], torch.arange(30)[None] + 1000
+
+    def make_probe(*args, **kw):
+        "A random model forgets nothing: here what is lost is the distance of its logits from the base model's."
+        def probe(model):
+            with torch.no_grad(): far = (model(input_ids=ids).logits.float() - base(input_ids=ids).logits).abs().mean().item()
+            return dict(domain_bpb=1.0, general_bpb=1 + far, score=1.0 if far < 0.02 else 100 + far)
+        return probe
+    monkeypatch.setattr(pretrain, "make_probe", make_probe)
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(cfg))
     metrics = recipe.run(tmp_path / "r.yaml", tmp_path / "whole")
     assert metrics["share_kept"] < 1 and (tmp_path / "whole" / "pretrain" / "trained").is_dir()
