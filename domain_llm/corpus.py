@@ -11,7 +11,7 @@ __all__ = ['MAX_BYTES', 'MAX_RUN', 'KINDS', 'SHINGLE', 'decode', 'faults', 'read
 import bisect, hashlib, json, math, os, re, unicodedata
 from pathlib import Path
 import numpy as np
-from .core import InputError, nearest, progress
+from .core import InputError, hub_rows, nearest, progress
 
 # %% ../nbs/03_corpus.ipynb #36d9bf1c
 MAX_BYTES = 200 * 2**20 # files over this size are named and skipped
@@ -367,11 +367,9 @@ def faults(skipped): # as from `read`, or the report of `build`
 def _remote(name):
     "The rows of a data set from the hub (owner/name or owner/name:config), or of one saved on disk."
     import datasets
-    repo, _, config = name.partition(":")
-    try: ds = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(repo, config or None, split="train")
-    except Exception as e:
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise InputError(f"{name}: neither a file or folder here nor a data set that could be loaded ({why}){_sibling(Path(name))}. Check the name, or the network.") from e
+    if not Path(name).is_dir(): return _columns(hub_rows(name, "train"), name)
+    try: ds = datasets.load_from_disk(name)
+    except Exception as e: raise InputError(f"{name}: the data set in this folder cannot be loaded ({(str(e).strip() or type(e).__name__).splitlines()[0]}). Save it again with save_to_disk.") from e
     if isinstance(ds, dict): ds = ds["train"] if "train" in ds else next(iter(ds.values()))
     return _columns(ds, name)
 

@@ -24,7 +24,7 @@ COMMAND = Path(sys.executable).parent / "domain-llm"
 
 def arms(demo, seeds, folder):
     "The recipes to run: name -> recipe. Instructions alone are given as often as the first run of the demo gave them."
-    yield from ((f"demo-{seed}", {**demo, "seed": seed}) for seed in range(seeds))
+    yield from ((f"demo-{seed}", {**demo, "seed": seed} | ({"quantize": False} if seed else {})) for seed in range(seeds))
     parts = {k: v for k, v in demo["mix"]["parts"].items() if k != "instructions"}
     yield "documents alone", {**demo, "mix": {**demo["mix"], "parts": parts}, "quantize": False}
     passes = read_json(folder / "demo-0" / "pretrain" / "manifest.json")["metrics"]["epochs_per_source"]["instructions"]
