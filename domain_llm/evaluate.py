@@ -184,11 +184,11 @@ def bits_per_byte(model, tok, # what `models.load` gives, or a PeftModel
     trees, owner, size, left = [], [], [], max_tokens or math.inf
     for text in texts:
         if left < 1: break
-        ids = tok(text, add_special_tokens=False).input_ids
+        ids = tok(text, add_special_tokens=False, split_special_tokens=True).input_ids
         cut = len(ids) > left
         if cut:
             text = text[:max(1, len(text) * left // len(ids))]
-            ids = tok(text, add_special_tokens=False).input_ids
+            ids = tok(text, add_special_tokens=False, split_special_tokens=True).input_ids
         paths = _windows(ids, first, length)
         trees += [[p] for p in paths]; owner += [len(size)] * len(paths)
         size.append(len(text.encode("utf-8"))); left = 0 if cut else left - len(ids)

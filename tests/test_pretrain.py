@@ -77,11 +77,11 @@ def test_master_copies_follow_32_bit_training():
 
 
 @pytest.mark.parametrize("limit", (0.0, 0.3, 0.99))
-def test_pull_back_finds_the_largest_share_within_the_budget(limit):
+def test_interpolation_finds_the_largest_share_within_the_budget(limit):
     model = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad(): model.weight.fill_(3.0)
     within = lambda m: (m.weight.item() - 1) / 2 <= limit + 1e-6
-    points = pretrain.pull_back(model, lambda: {"weight": torch.ones(1, 1)}, lambda m: dict(score=0.5 if within(m) else 100.5), halvings=6)
+    points = pretrain.interpolate(model, lambda: {"weight": torch.ones(1, 1)}, lambda m: dict(score=0.5 if within(m) else 100.5), halvings=6)
     share = points[-1]["share"]
     assert limit - 1 / 64 < share <= limit and abs(model.weight.item() - (1 + 2 * share)) < 1e-6
 
