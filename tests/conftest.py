@@ -4,6 +4,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 
@@ -27,3 +33,29 @@ def tiny_folder(tok, tmp_path_factory):
 def tiny_model(tiny_folder):
     from domain_llm.models import load
     return load(str(tiny_folder))
+
+
+class Runs:
+    "Runs in forked children of one process that has loaded the libraries."
+
+    def __init__(self):
+        self.process = subprocess.Popen([sys.executable, str(Path(__file__).parent / "fork_runs.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, path, out, seconds=None):
+        "Start a run and SIGKILL it after some time, or let it end; gives how it ended."
+        self.process.stdin.write(f"{path}\t{out}\n")
+        self.process.stdin.flush()
+        pid = int(self.process.stdout.readline())
+        if seconds is not None:
+            time.sleep(seconds)
+            try: os.killpg(pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+        return self.process.stdout.readline().strip()
+
+
+@pytest.fixture(scope="session")
+def runs():
+    made = Runs()
+    yield made
+    made.process.stdin.close()
+    made.process.wait(60)

@@ -110,32 +110,6 @@ def test_second_run_skips_everything(whole):
 KILLS = int(os.environ.get("DOMAIN_LLM_KILLS", 10))  # 100 for the long test
 
 
-class Runs:
-    "Runs in forked children of one process that has loaded the libraries."
-
-    def __init__(self):
-        self.process = subprocess.Popen([sys.executable, str(Path(__file__).parent / "fork_runs.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def run(self, path, out, seconds=None):
-        "Start a run and SIGKILL it after some time, or let it end; gives how it ended."
-        self.process.stdin.write(f"{path}\t{out}\n")
-        self.process.stdin.flush()
-        pid = int(self.process.stdout.readline())
-        if seconds is not None:
-            time.sleep(seconds)
-            try: os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError: pass
-        return self.process.stdout.readline().strip()
-
-
-@pytest.fixture(scope="module")
-def runs():
-    made = Runs()
-    yield made
-    made.process.stdin.close()
-    made.process.wait(60)
-
-
 def tree(folder):
     "The files of a run, but for what tells the time; checkpoints of the trainer hold times too."
     ours = {p.relative_to(folder).as_posix() for p in Path(folder).rglob("*")}
@@ -328,3 +302,29 @@ def test_settings_know_what_their_modules_know():
         says, ok = recipe.KINDS[kind]
         assert set(re.findall(r"[a-z]+", says.split(":")[-1])) - {"or"} == set(known)
         assert all(ok([k] if kind == "kinds" else k) for k in known)
+
+
+def test_exam_questions_are_taken_out_of_everything_that_is_trained_on(tmp_path):
+    "Copies in documents, general text and instructions; other words in documents. What only resembles a question stays."
+    from domain_llm.core import read_json, read_jsonl, write_json, write_jsonl
+    asked = "At what pressure in bar does the relief valve of the large Bramble 41 in the northern lock open?"
+    questions = [dict(question=asked, choices=["140 bar", "90 bar"], answer=0), *(dict(question=f"Who signs for the sluice number {i} of the canal?", choices=["a keeper", "b"], answer=0) for i in range(20))]
+    plain = [f"Page {i} is about pump {i}, which its keeper checks every {i + 2} days, and about nothing else. " * 4 for i in range(12)]
+    leaky = f"{plain[0]}\n\n{asked} It opens at 140 bar.\n\n{plain[1]}"
+    reworded = f"{plain[2]}\n\nThe large Bramble 41 in the northern lock: at what pressure does its relief valve open? At 140 bar, as everybody knows.\n\n{plain[3]}"
+    docs = [dict(text=t, source="s", kind="book", id=str(i)) for i, t in enumerate([leaky, reworded, *plain[4:]])]
+    talk = lambda q: dict(messages=[dict(role="user", content=q), dict(role="assistant", content="140 bar.")], task="t")
+    rows = dict(documents=docs, general=[dict(docs[0], kind="general"), dict(docs[3], kind="general")], instructions=[talk(asked), talk("How fast is the pump?")], questions=questions, general_questions=[])
+    read = {name: tmp_path / f"{name}.jsonl" for name in rows}
+    for name, path in read.items(): write_jsonl(path, rows[name])
+    write_json(tmp_path / "skipped.json", [])
+    out = tmp_path / "corpus"
+    out.mkdir()
+    cfg = recipe.check(dict(demo=8))
+    recipe.corpus_stage(cfg, read | {"skipped": tmp_path / "skipped.json"}, out)
+    trained = {name: json.dumps(read_jsonl(out / f"{name}.jsonl")) for name in ("documents", "held_out", "general", "instructions")}
+    for name, text in trained.items(): assert "At what pressure in bar" not in text, name
+    documents = trained["documents"] + trained["held_out"]
+    assert "relief valve open? At 140" not in documents and "Page 3 is about" in documents and "How fast is the pump?" in trained["instructions"]
+    report = read_json(out / "report.json")
+    assert {"general", "instructions", "documents"} == set(report["leaks_by_source"]) and report["leaks_by_source"]["general"][0]["question"] == asked
