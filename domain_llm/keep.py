@@ -145,6 +145,7 @@ def publish(folder, # of a finished stage
         (private / "new").mkdir(exist_ok=True)
         shutil.copyfile(folder / name, private / "new" / name)
         os.replace(private / "new" / name, Path(out) / name)
+    shutil.rmtree(private / "new", ignore_errors=True)
 
 # %% ../nbs/14_keep.ipynb #cfff136b
 def spare(out): # folder of a run
