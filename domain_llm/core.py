@@ -128,10 +128,28 @@ def file_hash(path):
     "SHA-256 of a file's bytes, in hex."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
 
-def fingerprint(*objs): # JSON-able values; a Path stands for the bytes of the file, or of every file in the folder
+def _hashes(folder):
+    "The hash of every file below a folder by its path; hidden ones are left out, linked folders are followed, each real one once."
+    found, seen = {}, set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(at) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(at))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = [Path(at, name) for name in sorted(names) if not name.startswith(".")]
+        found |= {path.relative_to(folder).as_posix(): _hash_or_fault(path) for path in paths if path.is_file()}
+    return found
+
+def _hash_or_fault(path):
+    "The hash of a file, or why it cannot be read."
+    try: return file_hash(path)
+    except OSError as e: return e.strerror
+
+def fingerprint(*objs): # JSON-able values; a Path stands for the bytes of the file, or of every file in the folder that is not hidden
     "A short hash that is equal exactly when the values (and the contents of the paths) are equal."
     def plain(o):
-        if isinstance(o, Path): return {str(p.relative_to(o)): file_hash(p) for p in sorted(o.rglob("*")) if p.is_file()} if o.is_dir() else file_hash(o)
+        if isinstance(o, Path): return _hashes(o) if o.is_dir() else _hash_or_fault(o)
         if isinstance(o, dict): return {str(k): plain(v) for k, v in o.items()}
         return [plain(v) for v in o] if isinstance(o, (list, tuple)) else o
     return hashlib.sha256(json.dumps(plain(objs), sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -159,7 +159,7 @@ def _own_rows(role):
     own = {"general": demo.general, "general_probe": demo.python_docs, "general_questions": demo.common}
     return list(own[role]()) if role in own else []
 
-def _read_role(role, paths, cfg):
+def _read_role(role, paths):
     "The rows of the files that a recipe names for a role, and the files or lines that were left out."
     from domain_llm import corpus
     from domain_llm.evaluate import read_questions
@@ -182,7 +182,7 @@ def read_inputs(cfg:dict, # a checked recipe
         paths = cfg["data"][role]
         folder, done = keep.begin(out, f"inputs/{role}", [fingerprint(_input(role, cfg), _READ_VERSION)])
         if not done:
-            rows, skipped = _read_role(role, paths, cfg) if paths else (_own_rows(role), [])
+            rows, skipped = _read_role(role, paths) if paths else (_own_rows(role), [])
             write_jsonl(folder / "rows.jsonl", rows)
             write_json(folder / "skipped.json", skipped)
             keep.finish(folder, rows=len(rows), skipped=len(skipped))
@@ -596,7 +596,7 @@ def _refuse_early(cfg, out):
     "Print what the preflight finds; raise InputError when the run cannot be done."
     from domain_llm import preflight
     found = preflight_of(cfg, out)
-    print(preflight.report(found), flush=True)
+    print(preflight.report(found).replace(f"{Path.cwd()}{os.sep}", ""), flush=True)
     preflight.refuse(found)
 
 def _say_worth(out):

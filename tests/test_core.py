@@ -75,3 +75,17 @@ def test_threads_sleep_early_only_where_others_are_running(others, given, want, 
     monkeypatch.setattr(core, "_lines", lambda path: [])  # a system that does not say
     core.share_cores()
     assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_fingerprint_sees_what_links_lead_to_and_ends_in_loops(tmp_path):
+    docs, elsewhere = tmp_path / "docs", tmp_path / "elsewhere"
+    for folder in (docs, elsewhere): folder.mkdir()
+    (docs / "a.md").write_text("a")
+    (elsewhere / "b.md").write_text("b")
+    os.symlink(elsewhere, docs / "linked")
+    os.symlink(docs, docs / "loop")
+    first = core.fingerprint(docs)
+    (docs / ".hidden").write_text("not looked at")
+    assert core.fingerprint(docs) == first
+    (elsewhere / "b.md").write_text("c")
+    assert core.fingerprint(docs) != first
