@@ -117,7 +117,7 @@ PUBLISHED = [ # published shares of general text: what was trained, on how many 
 # %% ../nbs/08_mix.ipynb #be2b573e
 _STARTS = [ # up to how many domain tokens, parts of general text for 1 of domain (lowest, weak shift, strong shift, highest), reason, sources
     (10e6, 1, 5, 10, 10, "Domain text is scarce, so the run is short and passes over it several times; general text costs little and holds the model.", ["Wen et al., 2023", "domain_llm, ablate_mix-domain"],
-     "The evidence is thin: one 13B model, whose fine-tuning ratios were compared on 113 questions, which resolve 9 to 14 points. This package's own runs (135M, five ratios) kept general text best at 1:1 and 1:2, and at equal domain tokens lost some of it again at 1:10; so look at 1:1 as well."),
+     "The evidence is thin: one 13B model, whose fine-tuning ratios were compared on 113 questions, which resolve 8 to 14 points. This package's own runs (135M, five ratios) kept general text best at 1:1 and 1:2, and at equal domain tokens lost some of it again at 1:10; so look at 1:1 as well."),
     (300e6, 1, 2, 5, 5, "Between scarce and plentiful: more replay than large runs need, less than small ones are advised.", ["Wen et al., 2023", "Ibrahim et al., 2024"],
      "No published comparison covers this size; the ratio lies between those for smaller and larger corpora."),
     (float("inf"), 5 / 95, 5 / 95, 25 / 75, 1, "Domain text is plentiful, and replay takes its place in the budget: 5% of the tokens kept most after a weak shift, 25% after a strong one.", ["Ibrahim et al., 2024", "Wu et al., 2023"],
