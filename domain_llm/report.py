@@ -123,7 +123,7 @@ def plot_price(runs:list, # recorded runs, each with a `curve`: one dict of shar
         x, y = ([100 * sum(p[i]) / len(p[i]) for p in points] for i in range(2))
         ax.plot(x, y, "o-", color=colour, ms=4, label=f"{part} machines, mean of {len(runs)} seeds")
         if part == "held-out":
-            for p, *spot in zip(runs[0]["curve"], x, y): ax.annotate(f"{p['share']:.0%}", spot, textcoords="offset points", xytext=(0, -13), ha="center", fontsize=8, color=colour)
+            for p, *spot in list(zip(runs[0]["curve"], x, y))[2:]: ax.annotate(f"{p['share']:.0%}", spot, textcoords="offset points", xytext=(0, -13), ha="center", fontsize=8, color=colour)
     ax.axhline(25, color="k", lw=0.8, ls=":", label="guessing")
     ax.axvline(100 * budget, color=ORANGE, lw=0.8, ls="--", label="forgetting budget")
     ax.set(xlabel="general text: bits per byte, change (%), right: forgets more", ylabel="exam (%)", ylim=(0, 100))
