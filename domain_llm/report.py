@@ -145,7 +145,7 @@ def plot_interpolation(stages:dict): # stage -> history with the points of `pret
         chosen = next(h for h in reversed(stages[name]) if "share" in h)
         spot = [100 * (chosen[key] / first[key] - 1) for key in ("general_bpb", "domain_bpb")]
         ax.plot(*spot, "o", ms=10, mfc="none", color=colour)
-        ax.annotate(f"chosen: {chosen['share']:.0%}", spot, textcoords="offset points", xytext=(8, -12), fontsize=8, color=colour)
+        ax.annotate(f"chosen: {chosen['share']:.0%}", spot, textcoords="offset points", xytext=(0, 12), ha="center", fontsize=8, color=colour)
     ax.plot(0, 0, "*", color="k", ms=10, label="base model")
     ax.set(xlabel="general text: bits per byte, change (%), right: forgets more", ylabel="domain text: change (%),\ndown: reads better")
     ax.legend(frameon=False, fontsize=8)
