@@ -367,11 +367,16 @@ def faults(skipped): # as from `read`, or the report of `build`
 def _remote(name):
     "The rows of a data set from the hub (owner/name or owner/name:config), or of one saved on disk."
     import datasets
-    if not Path(name).is_dir(): return _columns(hub_rows(name, "train"), name)
+    if not Path(name).is_dir(): return _columns(_from_hub(name), name)
     try: ds = datasets.load_from_disk(name)
     except Exception as e: raise InputError(f"{name}: the data set in this folder cannot be loaded ({(str(e).strip() or type(e).__name__).splitlines()[0]}). Save it again with save_to_disk.") from e
     if isinstance(ds, dict): ds = ds["train"] if "train" in ds else next(iter(ds.values()))
     return _columns(ds, name)
+
+def _from_hub(name):
+    "A data set on the hub; an error names a file or folder here with a similar name."
+    try: return hub_rows(name, "train")
+    except InputError as e: raise InputError(f"{e}{_sibling(Path(name))}") from e
 
 def _columns(ds, name):
     "Any data set with a text column as document rows."

@@ -329,7 +329,8 @@ def train(model, # from `load`, or with `add_lora` applied
     return dict(history=history, best_step=best or steps, steps=steps, tokens=tokens, without_labels=given - len(rows))
 
 # %% ../nbs/06_pretrain.ipynb #81f8fc82
-_EXCERPT = 800 # bytes of an excerpt at least, about 200 tokens
+_EXCERPT = 800 # bytes of an excerpt, about 200 tokens; longer where documents are few
+_LEAST = 8 # excerpts at least, shorter ones if need be: one document says little about the next
 
 def _bytes(text): return len(text.encode("utf-8", "ignore"))
 
@@ -351,7 +352,7 @@ def excerpts(docs:list, # document rows
     size = 4 * tokens
     if len(docs) == 1:
         return [{**docs[0], "id": f"{docs[0].get('id', '')}#{i}", "text": t} for i, t in enumerate(_pieces(docs[0]["text"], size))]
-    n = min(len(docs), max(1, size // _EXCERPT))
+    n = min(len(docs), max(_LEAST, size // _EXCERPT))
     chosen = [docs[i * len(docs) // n] for i in range(n)]
     taken = {}
     for done, i in enumerate(sorted(range(n), key=lambda i: _bytes(chosen[i]["text"]))):

@@ -41,7 +41,7 @@ def test_the_other_experiments_train(tiny_folder, tmp_path, name, arms):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     result = experiments.ablation(name, tmp_path / "r.yaml", seeds=1, output=tmp_path / "out")
     assert set(result["runs"]) == arms and result["claims"]
-    if name == "select": assert len(result["before"]["domain_bpb"]["values"]) == 1 and {c["metric"] for c in result["claims"]} == {"domain_prob"}  # no claim from a single document
+    if name == "select": assert len(result["before"]["domain_bpb"]["values"]) == 5 and {c["metric"] for c in result["claims"]} == {"domain_prob", "domain_bpb"}
     seen = [m["0"]["domain_bpb"]["values"] for m in result["runs"].values()]
     assert all(a != b for i, a in enumerate(seen[:5]) for b in seen[:i])  # scorers may agree on so small a corpus; the first five arms trained on different texts
     if name == "rewarm": assert {(a["pretrain"]["schedule"], a["pretrain"]["learning_rate"]) for a in result["arms"].values()} == {("cosine", 2e-4), ("constant", 2e-5)}
@@ -49,6 +49,12 @@ def test_the_other_experiments_train(tiny_folder, tmp_path, name, arms):
         (written,) = (tmp_path / "out" / "runs").glob("rehearsal-*.jsonl")
         rows = [json.loads(line) for line in written.read_text().splitlines()]
         assert rows[0]["source"] == "rehearsal" and sum(len(r["text"]) for r in rows) > 300  # half of 600 tokens, each at least a character
+
+
+def test_a_claim_needs_two_groups_of_items():
+    "A single document, or questions on one thing, say nothing about others."
+    metrics = dict(one=dict(values=[1.0]), same=dict(values=[1, 0, 1], groups=["a", "a", "a"]), two=dict(values=[1, 0], groups=["a", "b"]), texts=dict(values=[1.0, 2.0]))
+    assert [experiments._groups(metrics, name) for name in ("one", "same", "two", "texts", "absent")] == [1, 1, 2, 2, 0]
 
 
 def test_help_names_every_experiment():

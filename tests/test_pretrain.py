@@ -113,7 +113,7 @@ def test_best_checkpoint_is_chosen_within_the_budget():
     seen = iter([(1.0, 1.0), (0.8, 1.05), (0.5, 1.2)])
     import domain_llm.evaluate as ev
     state = {}
-    def fake(model, tok, docs, max_tokens):
+    def fake(model, tok, docs):
         if docs == "d": state["now"] = next(seen)
         return {"bpb": state["now"][0 if docs == "d" else 1]}
     real, ev.bits_per_byte = ev.bits_per_byte, fake
