@@ -342,7 +342,7 @@ def test_gguf_files_have_the_size_of_the_formula():
     from transformers import AutoConfig
     from domain_llm.core import load_result
     size = preflight.sizes(AutoConfig.from_pretrained(models.resolve()))
-    for kind, made in load_result("demo")["quantized"].items(): assert preflight.gguf_bytes(size, kind) == pytest.approx(made["bytes"], rel=0.03)
+    for kind, made in load_result("demo")["runs"]["demo-0"]["quantized"].items(): assert preflight.gguf_bytes(size, kind) == pytest.approx(made["bytes"], rel=0.03)
     gguf = pytest.importorskip("gguf")
     for kind in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0"):
         weights, taken = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
