@@ -48,9 +48,6 @@ def claim(out): # folder of a run
         raise _not_ours(private)
     if not mark.exists():
         write_json(mark, {"made_by": "domain_llm"})
-    for left in private.glob("run.json.*.part"):
-        left.unlink()
-    shutil.rmtree(private / "new", ignore_errors=True)
     return private
 
 # %% ../nbs/14_keep.ipynb #fc06fe9e
@@ -152,7 +149,9 @@ def spare(out): # folder of a run
     "The results that are not part of the present run: a list of dicts with folder, stage, fingerprint, finished, files and bytes."
     found = []
     for folder in sorted((Path(out) / PRIVATE / "replaced").glob("*")):
-        started = read_json(folder / (_DONE if (folder / _DONE).exists() else _MARK))
+        mark = next((folder / name for name in (_DONE, _MARK) if (folder / name).exists()), None)
+        if mark is None: continue  # nothing is left in it but what the run had not made
+        started = read_json(mark)
         files = [p for p in folder.rglob("*") if p.is_file()]
         found.append(dict(folder=folder, stage=started["stage"], fingerprint=started["fingerprint"], finished=(folder / _DONE).exists(),
                           files=len(files), bytes=sum(p.stat().st_size for p in files)))
@@ -183,4 +182,6 @@ def alone(out): # folder of a run, claimed
         if fcntl:
             try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError: raise InputError(f"another run is working in {out}. Wait for it, or choose another folder with --output.") from None
+        shutil.rmtree(Path(out) / PRIVATE / "new", ignore_errors=True)  # what a killed run was making
+        for left in (Path(out) / PRIVATE).glob("run.json.*.part"): left.unlink()
         yield

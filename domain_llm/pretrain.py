@@ -226,6 +226,13 @@ def _trainer_class():
 
     return PackedTrainer
 
+def _own_checkpoints(folder):
+    "Mark a folder as one of ours. Raises InputError where it holds checkpoints of another program, which the training would remove."
+    mark = folder / "packed.json"
+    if mark.exists(): return
+    if any(folder.glob("checkpoint-*")): raise InputError(f"{folder} holds checkpoints that this training has not made and would remove. Name another folder.")
+    write_json(mark, {"made_by": "domain_llm"})
+
 def last_checkpoint(folder): # a training folder
     "The newest whole checkpoint in `folder`, or None; broken ones are removed, with a word on stderr."
     import sys
@@ -310,6 +317,7 @@ def train(model, # from `load`, or with `add_lora` applied
         load_best_model_at_end=bool(probe), metric_for_best_model="score" if probe else None, greater_is_better=False if probe else None)
     _one_device(args)
     set_seed(seed)
+    _own_checkpoints(Path(out))
     start = Path(out) / "start.json"
     if probe and not start.exists(): write_json(start, {"step": 0, **probe(model)})
     with quiet(), keep_memory():

@@ -81,7 +81,6 @@ def test_two_thousand_mixed_files_are_checked_cleaned_and_learnt_through_kills(m
     assert "disk:" in said and "worth:" in said
     assert cli.main(["corpus", str(manuals), "--out", str(tmp_path / "kept.jsonl")]) == 3  # some files could not be read
     said = capsys.readouterr().out
-    for name in ("broken.pdf", "empty.md", "old.doc"): assert name in said or "more" in said
     assert ".jpg files" in said and "Größe in Zoll" in (tmp_path / "kept.jsonl").read_text()
     for seconds in (1.0, 3.0, 6.0): assert runs.run(tmp_path / "r.yaml", tmp_path / "out", seconds) in ("signal 9", "exit 0")
     assert runs.run(tmp_path / "r.yaml", tmp_path / "out") == "exit 0", Path(f"{tmp_path / 'out'}.log").read_text()[-2000:]

@@ -263,6 +263,7 @@ def test_tidy_lists_asks_and_removes_what_is_no_longer_wanted(calls, tmp_path, c
         assert cli.main(["tidy", str(out)]) == 0
         assert len(list((out / keep.PRIVATE / "replaced").iterdir())) == left
     assert "note.txt" in capsys.readouterr().out and note.read_text() == "mine"
+    assert cli.main(["tidy", str(out)]) == 0 and "nothing to remove" in capsys.readouterr().out and note.read_text() == "mine"
     assert {k: v for k, v in hashes(out).items() if not k.startswith(keep.PRIVATE)} == present
     calls.clear()
     recipe.run(tmp_path / "r.yaml", out)
@@ -325,3 +326,15 @@ def test_nothing_needs_symbolic_links():
     root = Path(keep.__file__).parent
     users = [p.name for p in root.glob("*.py") if "os.symlink(" in p.read_text() or "symlink_to(" in p.read_text()]
     assert users in ([], ["quantize.py"])  # which goes on without where links are not allowed
+
+
+def test_a_second_run_does_not_disturb_the_first(calls, tmp_path):
+    "It is refused before it touches what the first is making."
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY))
+    out = tmp_path / "out"
+    recipe.run(tmp_path / "r.yaml", out)
+    with keep.alone(out):
+        making = out / keep.PRIVATE / "new" / "corpus"
+        making.mkdir(parents=True)
+        with pytest.raises(InputError, match="another run"): recipe.run(tmp_path / "r.yaml", out)
+        assert making.exists()

@@ -268,3 +268,14 @@ def test_the_labels_of_another_end_token_are_trained(tok, tiny_model):
         losses, at = pretrain.token_losses(model, pretrain.collate([pretrain.pack([row], 8)[0][0]]))
         want = model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0].log_softmax(-1)
     assert at.tolist() == [1, 2] and torch.allclose(losses, -torch.stack([want[0, 6], want[1, 2]]), atol=1e-4)
+
+
+def test_checkpoints_of_another_program_are_not_removed(tok, tiny_model, tmp_path):
+    model, _ = tiny_model
+    other = tmp_path / "checkpoint-7"
+    other.mkdir()
+    (other / "model.safetensors").write_text("days of work")
+    rows = [dict(input_ids=[5, 6, 7, 8], labels=[5, 6, 7, 8], source="x")]
+    with pytest.raises(pretrain.InputError, match="has not made"):
+        pretrain.train(model, rows, tmp_path, {**pretrain.DEFAULTS, "length": 8, "tokens_per_step": 8})
+    assert (other / "model.safetensors").read_text() == "days of work"
