@@ -630,7 +630,7 @@ def run(path=None, # a recipe; the demo's when not given
             start = time.time()
             new, metrics = run_stage(cfg, out, name, stage, model)
             print(f"      {time.time() - start:.0f} s{_shown(metrics)}" if new else "      unchanged, skipped", flush=True)
-            if name == "baseline" and new: _say_worth(out)
+            if name == "baseline": _say_worth(out)
         keep.publish(out / "report", out, REPORTS)
     metrics = read_json(out / "metrics.json")
     print(f"done in {time.time() - began:.0f} s. {metrics['verdict']}\nreport: {os.path.relpath(out / 'report.html')}", flush=True)
@@ -658,14 +658,15 @@ def init(documents, # folder of the domain's documents
          path="recipe.yaml", # file to write
          force=False): # overwrite an existing file
     "Write a commented recipe for `documents`; gives its path."
-    from domain_llm.corpus import read
+    from domain_llm.corpus import faults, read
     documents, path = Path(documents).expanduser(), Path(path)
     if not documents.exists(): raise InputError(f"no folder {documents}: name the folder that holds your documents.")
     if not force: refuse_existing(path, "Remove it, choose another name with --recipe, or say --force.")
     rows, skipped = read(documents)
+    unread = faults(skipped)
     text = (files("domain_llm") / "data" / "template.yaml").read_text(encoding="utf-8")
     name = "".join(c if c.isalnum() else "-" for c in documents.resolve().name.lower()).strip("-") or "my-model"
     where = os.path.relpath(documents.resolve(), path.resolve().parent)
     with atomic_file(path) as f: f.write(text.replace("NAME", name).replace("DOCUMENTS", where.replace("\\", "/")))
-    print(f"{len(rows)} documents found in {documents}" + (f", {len(skipped)} files skipped" if skipped else "") + f". Recipe written: {path}\nnext: domain-llm run {path}")
+    print(f"{len(rows)} documents found in {documents}" + (f", {len(unread)} files skipped" if unread else "") + f". Recipe written: {path}\nnext: domain-llm run {path}")
     return path

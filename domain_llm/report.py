@@ -191,6 +191,7 @@ def collect(run, # folder of a run
             cfg:dict, # its name, model and seed
             stages): # names of the stages that it has
     "Everything the report says, as one dict, from the files of the stages."
+    from domain_llm.corpus import faults
     run = Path(run)
     manifests = [read_json(run / s / "manifest.json") for s in stages]
     by = {m["stage"]: m for m in manifests}
@@ -204,9 +205,10 @@ def collect(run, # folder of a run
     metrics |= dict(share_kept=share_kept, seconds=round(sum(m["seconds"] for m in manifests), 1), trained_tokens=sum(by[s]["metrics"]["tokens"] for s in ways),
                     verdict=verdict(before, after, budget, share_kept))
     doubt = [f["said"] for f in worth(before["domain_bpb"], before["general_bpb"]) if f["level"] == "warning"]
-    return dict(cfg, doubt=doubt, before=before, after=after, manifests=manifests, by=by, budget=budget, ways=ways, trained=trained, metrics=metrics, answers=read_json(run / "answers" / "answers.json"),
+    corpus = read_json(run / "corpus" / "report.json")
+    return dict(cfg, unread=faults(corpus["skipped"]), doubt=doubt, before=before, after=after, manifests=manifests, by=by, budget=budget, ways=ways, trained=trained, metrics=metrics, answers=read_json(run / "answers" / "answers.json"),
                 screen=read_json(run / "screen" / "screen.json") if "screen" in by else None, checks=read_json(run / "quantize" / "checks.json") if "quantize" in by else None,
-                corpus=read_json(run / "corpus" / "report.json"), histories={s: read_json(run / s / "history.json") for s in ways})
+                corpus=corpus, histories={s: read_json(run / s / "history.json") for s in ways})
 
 def write_report(run, # folder of a run whose stages are done
                  out, # folder to write into
