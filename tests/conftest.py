@@ -1,5 +1,8 @@
 """Shared fixtures: no network, the demo model's tokenizer, a tiny random chat model in a folder."""
+
 import os
+
+from domain_llm.models import load, load_tokenizer, tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,14 +18,12 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tok():
-    from domain_llm.models import load_tokenizer
     return load_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tok, tmp_path_factory):
     "A folder with a random two-layer chat model over the demo model's vocabulary."
-    from domain_llm.models import tiny
     folder = tmp_path_factory.mktemp("tiny") / "model"
     tiny(tok).save_pretrained(folder)
     tok.save_pretrained(folder)
@@ -31,7 +32,6 @@ def tiny_folder(tok, tmp_path_factory):
 
 @pytest.fixture
 def tiny_model(tiny_folder):
-    from domain_llm.models import load
     return load(str(tiny_folder))
 
 
@@ -39,7 +39,12 @@ class Runs:
     "Runs in forked children of one process that has loaded the libraries."
 
     def __init__(self):
-        self.process = subprocess.Popen([sys.executable, str(Path(__file__).parent / "fork_runs.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "fork_runs.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def run(self, path, out, seconds=None):
         "Start a run and SIGKILL it after some time, or let it end; gives how it ended."
@@ -48,8 +53,10 @@ class Runs:
         pid = int(self.process.stdout.readline())
         if seconds is not None:
             time.sleep(seconds)
-            try: os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError: pass
+            try:
+                os.killpg(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
         return self.process.stdout.readline().strip()
 
 

@@ -3,6 +3,7 @@
 Reads lines 'RECIPE<tab>FOLDER' from standard input; for each it forks a child in a session of its own, prints the child's process id, runs the recipe there,
 and prints how it ended: 'exit CODE' or 'signal NUMBER'.
 """
+
 import os
 import sys
 
@@ -13,8 +14,8 @@ import torch  # noqa: F401
 import transformers  # noqa: F401
 import trl  # noqa: F401
 
-from domain_llm import recipe
 from domain_llm.core import InputError
+from domain_llm.run.pipeline import run_recipe
 
 
 def child(path, out):
@@ -24,12 +25,13 @@ def child(path, out):
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        recipe.run(path, out)
+        run_recipe(path, out)
     except InputError as e:
         print(e, flush=True)
         os._exit(2)
     except BaseException:
         import traceback
+
         traceback.print_exc()
         os._exit(1)
     os._exit(0)

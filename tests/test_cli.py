@@ -1,10 +1,19 @@
 """Bad input: each case a clear message on stderr, exit status 2 (or 3 for skipped files), no traceback, nothing lost."""
-import json, os, socket, subprocess, sys
+
+import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest, yaml
+import pytest
+import yaml
 
-from domain_llm import cli
+from domain_llm import cli, models
+from domain_llm.run import inputs
+from domain_llm.run.inputs import ROLES, read_inputs
+from domain_llm.run.pipeline import opened, run_recipe
 
 QUESTION = {"question": "What is 2+2?", "choices": ["3", "4"], "answer": 1}
 
@@ -36,7 +45,10 @@ RECIPES = {  # a recipe that is wrong, and what the message must name
     "negative ratio": ("demo: 8\nmix: {parts: {domain: -1}}", "parts above 0"),
     "unknown source": ("demo: 8\nmix: {parts: {domain: 1, generl: 1}}", "did you mean 'general'"),
     "no domain": ("demo: 8\nmix: {parts: {general: 1}}", "leaves out 'domain'"),
-    "instructions without data": ("data: {documents: .}\nmix: {parts: {domain: 1, instructions: 1}}", "data.instructions"),
+    "instructions without data": (
+        "data: {documents: .}\nmix: {parts: {domain: 1, instructions: 1}}",
+        "data.instructions",
+    ),
     "zero epochs": ("demo: 8\nmix: {epochs: 0}", "above 0"),
     "share above one": ("demo: 8\ncorpus: {held_out: 1.5}", "between 0 and 1"),
     "method": ("demo: 8\npretrain: {method: qlora2}", "full or lora"),
@@ -91,25 +103,43 @@ def test_missing_questions(tmp_path, capsys, tiny_folder):
 
 def no_template(folder, tiny_folder):
     import shutil
+
     shutil.copytree(tiny_folder, folder)
-    for name in ("chat_template.jinja",): (folder / name).unlink(missing_ok=True)
-    cfg = json.loads((folder / "tokenizer_config.json").read_text()); cfg.pop("chat_template", None)
+    for name in ("chat_template.jinja",):
+        (folder / name).unlink(missing_ok=True)
+    cfg = json.loads((folder / "tokenizer_config.json").read_text())
+    cfg.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(cfg))
 
 
-@pytest.mark.parametrize("name, names", [("smolm2-135m-instruct", "did you mean"), ("/no/such/model", "no model"), ("no-org/no-model-here", "cannot load"), ("EMPTY", "config.json"), ("FILE", "not a model folder"),
-                                         ("TRUNCATED", "cannot load"), ("NOTOKENIZER", "tokenizer")])
+@pytest.mark.parametrize(
+    "name, names",
+    [
+        ("smolm2-135m-instruct", "did you mean"),
+        ("/no/such/model", "no model"),
+        ("no-org/no-model-here", "cannot load"),
+        ("EMPTY", "config.json"),
+        ("FILE", "not a model folder"),
+        ("TRUNCATED", "cannot load"),
+        ("NOTOKENIZER", "tokenizer"),
+    ],
+)
 def test_wrong_model(name, names, tmp_path, capsys, tiny_folder):
     import shutil
+
     target = tmp_path / name
-    if name == "EMPTY": target.mkdir()
-    if name == "FILE": target.write_text("x")
+    if name == "EMPTY":
+        target.mkdir()
+    if name == "FILE":
+        target.write_text("x")
     if name == "TRUNCATED":
         shutil.copytree(tiny_folder, target)
-        with open(target / "model.safetensors", "r+b") as f: f.truncate(1000)
+        with open(target / "model.safetensors", "r+b") as f:
+            f.truncate(1000)
     if name == "NOTOKENIZER":
         shutil.copytree(tiny_folder, target)
-        for p in target.glob("*token*"): p.unlink()
+        for p in target.glob("*token*"):
+            p.unlink()
     status, err = call(capsys, "eval", target if target.exists() else name)
     assert status == 2 and names in err
 
@@ -123,7 +153,9 @@ def test_sft_needs_a_chat_template(tmp_path, capsys, tiny_folder):
 
 # Documents
 
-def corpus(capsys, *argv): return call(capsys, "corpus", *argv)
+
+def corpus(capsys, *argv):
+    return call(capsys, "corpus", *argv)
 
 
 def test_no_documents(tmp_path, capsys):
@@ -135,8 +167,13 @@ def test_no_documents(tmp_path, capsys):
 
 GOOD = "The relief valve of the machine opens at forty bar and closes at thirty-eight. " * 6
 BROKEN = {
-    "unreadable.pdf": b"%PDF-1.7 this is not a PDF", "empty.pdf": b"", "broken.docx": b"PK\x03\x04 no archive", "binary.txt": bytes(range(256)) * 20, "endless.txt": b"A" * 1_500_000,
-    "line.jsonl": b'{"text": "' + GOOD.encode() + b'"}\n{"text": \n{"other": 1}\n', "unknown.xyz": b"x",
+    "unreadable.pdf": b"%PDF-1.7 this is not a PDF",
+    "empty.pdf": b"",
+    "broken.docx": b"PK\x03\x04 no archive",
+    "binary.txt": bytes(range(256)) * 20,
+    "endless.txt": b"A" * 1_500_000,
+    "line.jsonl": b'{"text": "' + GOOD.encode() + b'"}\n{"text": \n{"other": 1}\n',
+    "unknown.xyz": b"x",
 }
 
 
@@ -152,7 +189,10 @@ def test_broken_file_is_named_and_the_rest_is_read(name, tmp_path, capsys):
 
 @pytest.mark.parametrize("encoding", ["utf-16", "gb18030", "utf-8-sig", "cp1252"])
 def test_encodings_are_read(encoding, tmp_path, capsys):
-    text = {"gb18030": "潮汐船闸的安全阀在四十巴时打开，操作人员必须记录压力。" * 8, "cp1252": "Der Überdruck beträgt 40 bar, größer als früher. " * 8}.get(encoding, GOOD)
+    text = {
+        "gb18030": "潮汐船闸的安全阀在四十巴时打开，操作人员必须记录压力。" * 8,
+        "cp1252": "Der Überdruck beträgt 40 bar, größer als früher. " * 8,
+    }.get(encoding, GOOD)
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
     assert cli.main(["corpus", str(tmp_path), "--out", str(tmp_path / "o.jsonl")]) == 0
     assert text[:20] in json.loads((tmp_path / "o.jsonl").read_text())["text"]
@@ -171,6 +211,7 @@ def test_everything_too_short(tmp_path, capsys):
 
 # Output and environment
 
+
 @pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/version").exists(), reason="needs a file system that refuses")
 def test_no_write_permission(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text("demo: 8")
@@ -179,13 +220,15 @@ def test_no_write_permission(tmp_path, capsys):
 
 
 def test_output_is_a_file(tmp_path, capsys):
-    (tmp_path / "r.yaml").write_text("demo: 8"); (tmp_path / "out").write_text("x")
+    (tmp_path / "r.yaml").write_text("demo: 8")
+    (tmp_path / "out").write_text("x")
     status, err = call(capsys, "run", tmp_path / "r.yaml", "--output", tmp_path / "out")
     assert status == 2 and str(tmp_path / "out") in err and (tmp_path / "out").read_text() == "x"
 
 
 def test_full_disk_at_the_start(tmp_path, capsys, monkeypatch):
     import shutil
+
     monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     (tmp_path / "r.yaml").write_text("demo: 8")
     status, err = call(capsys, "run", tmp_path / "r.yaml", "--output", tmp_path / "out")
@@ -194,31 +237,57 @@ def test_full_disk_at_the_start(tmp_path, capsys, monkeypatch):
 
 def test_full_disk_while_writing(tmp_path, capsys):
     "A real file that may not grow: the limit on file size makes the write fail as a full disk does."
-    code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
-            "from domain_llm import cli; sys.exit(cli.main(sys.argv[1:]))")
-    docs = tmp_path / "docs"; docs.mkdir()
-    for i in range(20): (docs / f"{i}.txt").write_text(f"Document {i}. " + GOOD.replace("forty", f"{i} times {i + 3}"))
-    out = tmp_path / "kept.jsonl"; out.write_text("the old result\n")
-    p = subprocess.run([sys.executable, "-c", code, "corpus", str(docs), "--near-duplicate", "0.99", "--out", str(out)], capture_output=True, text=True)
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "from domain_llm import cli; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for i in range(20):
+        (docs / f"{i}.txt").write_text(f"Document {i}. " + GOOD.replace("forty", f"{i} times {i + 3}"))
+    out = tmp_path / "kept.jsonl"
+    out.write_text("the old result\n")
+    p = subprocess.run(
+        [sys.executable, "-c", code, "corpus", str(docs), "--near-duplicate", "0.99", "--out", str(out)],
+        capture_output=True,
+        text=True,
+    )
     assert p.returncode == 2 and "Traceback" not in p.stderr and "kept.jsonl" in p.stderr
     assert out.read_text() == "the old result\n" and [q.name for q in tmp_path.iterdir() if "part" in q.name] == []
 
 
-@pytest.mark.parametrize("error, full", [(OSError(28, "No space left on device"), True), (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), True), (ValueError("x"), False)])
-def test_a_full_disk_is_recognised_in_any_library(error, full): assert cli._disk_full(error) is full
+@pytest.mark.parametrize(
+    "error, full",
+    [
+        (OSError(28, "No space left on device"), True),
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), True),
+        (ValueError("x"), False),
+    ],
+)
+def test_a_full_disk_is_recognised_in_any_library(error, full):
+    assert cli._disk_full(error) is full
 
 
 def test_port_in_use(tmp_path, capsys):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0)); s.listen()
+        s.bind(("127.0.0.1", 0))
+        s.listen()
         port = s.getsockname()[1]
         status, err = call(capsys, "serve", tmp_path / "m.gguf", "--port", port)
     assert status == 2 and f"port {port} on 127.0.0.1 cannot be opened" in err and "--port" in err
 
 
-@pytest.mark.parametrize("options, said", [(["--host", "0.0.0.0"], "no API key"), (["--allow-origin", "http://a.example", "--allow-origin", "http://b.example"], "only one"),
-                                           (["--context", "0"], "--context is 0"), (["--slots", "0"], "--slots is 0"), (["--api-key", ""], "API key")])
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--host", "0.0.0.0"], "no API key"),
+        (["--allow-origin", "http://a.example", "--allow-origin", "http://b.example"], "only one"),
+        (["--context", "0"], "--context is 0"),
+        (["--slots", "0"], "--slots is 0"),
+        (["--api-key", ""], "API key"),
+    ],
+)
 def test_serve_refuses(options, said, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("DOMAIN_LLM_API_KEY", raising=False)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
@@ -227,7 +296,8 @@ def test_serve_refuses(options, said, tmp_path, capsys, monkeypatch):
 
 
 def test_serve_help_warns_of_keys_on_the_command_line(capsys):
-    with pytest.raises(SystemExit): cli.main(["serve", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
     out = capsys.readouterr().out
     assert "DOMAIN_LLM_API_KEY" in out and "list of processes" in out
 
@@ -236,15 +306,20 @@ def test_serve_help_warns_of_keys_on_the_command_line(capsys):
 @pytest.mark.parametrize("what", ["missing", "empty folder", "not a GGUF"])
 def test_nothing_to_talk_to(command, what, tmp_path, capsys):
     target = tmp_path / "x"
-    if what == "empty folder": target.mkdir()
-    if what == "not a GGUF": target.write_bytes(b"hello" * 100)
+    if what == "empty folder":
+        target.mkdir()
+    if what == "not a GGUF":
+        target.write_bytes(b"hello" * 100)
     status, err = call(capsys, command, target)
     assert status == 2 and str(target) in err
 
 
 def test_init_does_not_overwrite(tmp_path, capsys):
-    docs = tmp_path / "docs"; docs.mkdir(); (docs / "a.txt").write_text(GOOD)
-    mine = tmp_path / "mine.yaml"; mine.write_text("precious")
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "a.txt").write_text(GOOD)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("precious")
     status, err = call(capsys, "init", docs, "--recipe", mine)
     assert status == 2 and "exists already" in err and mine.read_text() == "precious"
     assert call(capsys, "init", tmp_path / "none", "--recipe", tmp_path / "b.yaml")[0] == 2
@@ -263,17 +338,37 @@ def test_unknown_command_teaches():
 
 def test_eval_compares_two_models(tmp_path, capsys, tiny_folder):
     q = lines(tmp_path / "q.jsonl", [QUESTION, {**QUESTION, "question": "What is 1+3?"}])
-    assert cli.main(["eval", str(tiny_folder), "--questions", str(q), "--versus", str(tiny_folder), "--json", str(tmp_path / "r.json")]) == 0
+    assert (
+        cli.main(
+            [
+                "eval",
+                str(tiny_folder),
+                "--questions",
+                str(q),
+                "--versus",
+                str(tiny_folder),
+                "--json",
+                str(tmp_path / "r.json"),
+            ]
+        )
+        == 0
+    )
     assert "95% interval" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())["change"]["diff"] == 0
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"), "cuda"])
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"), "cuda"],
+)
 def test_running_out_of_memory_gives_advice(error, capsys, monkeypatch):
     import torch
+
     error = torch.OutOfMemoryError("CUDA out of memory.") if error == "cuda" else error
 
-    def full(a): raise error
+    def full(a):
+        raise error
+
     monkeypatch.setattr(cli, "_run", full)
     status, err = call(capsys, "run")
     assert status == 2 and "memory ran out" in err and "lora" in err
@@ -284,7 +379,7 @@ def test_eval_holds_one_model_at_a_time(tmp_path, capsys, tiny_folder, monkeypat
     import gc
     import shutil
     import weakref
-    from domain_llm import models
+
     copy = tmp_path / "copy"
     shutil.copytree(tiny_folder, copy)
     real, alive = models.load, []
@@ -295,7 +390,8 @@ def test_eval_holds_one_model_at_a_time(tmp_path, capsys, tiny_folder, monkeypat
         model, tok = real(*args, **kw)
         alive.append(weakref.ref(model))
         return model, tok
-    monkeypatch.setattr(models, "load", load)
+
+    monkeypatch.setattr(cli, "load", load)
     assert cli.main(["eval", str(tiny_folder), "--versus", str(copy), "--limit", "3"]) == 0
     assert len(alive) == 2
 
@@ -303,7 +399,11 @@ def test_eval_holds_one_model_at_a_time(tmp_path, capsys, tiny_folder, monkeypat
 def test_a_mistyped_path_is_no_hub_set(tmp_path, capsys):
     (tmp_path / "manuals" / "standards").mkdir(parents=True)
     (tmp_path / "models" / "mine").mkdir(parents=True)
-    for text in ("data: {documents: manuals/standrads}", "demo: 8\ndata: {questions: manuals/standrads}", "demo: 8\ndata: {general: ['manuals/standrads:part']}"):
+    for text in (
+        "data: {documents: manuals/standrads}",
+        "demo: 8\ndata: {questions: manuals/standrads}",
+        "demo: 8\ndata: {general: ['manuals/standrads:part']}",
+    ):
         (tmp_path / "r.yaml").write_text(text)
         status, err = call(capsys, "run", tmp_path / "r.yaml")
         assert status == 2 and "did you mean 'manuals/standards'" in err
@@ -315,39 +415,58 @@ def test_a_mistyped_path_is_no_hub_set(tmp_path, capsys):
 def test_names_on_the_hub_work_for_every_role(tmp_path, monkeypatch):
     "With the hub's answer replaced: OWNER/NAME and OWNER/NAME:SUBSET, for documents, general text, probes, instructions and questions."
     import datasets
-    from domain_llm import recipe
+
     asked = []
-    rows = dict(text=["A page about pumps, long enough to be a document of its own."] * 3, question=["Q"] * 3, choices=[["a", "b"]] * 3, answer=[0] * 3,
-                messages=[[dict(role="user", content="Q"), dict(role="assistant", content="A")]] * 3)
+    rows = dict(
+        text=["A page about pumps, long enough to be a document of its own."] * 3,
+        question=["Q"] * 3,
+        choices=[["a", "b"]] * 3,
+        answer=[0] * 3,
+        messages=[[dict(role="user", content="Q"), dict(role="assistant", content="A")]] * 3,
+    )
 
     def load_dataset(repo, name=None, split=None, **kw):
         asked.append((repo, name, split))
         return datasets.Dataset.from_dict(rows)
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    given = {role: f"owner/{role}:part" for role in recipe.ROLES}
+    given = {role: f"owner/{role}:part" for role in ROLES}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(dict(data=given, output="out")))
-    cfg, out = recipe.opened(tmp_path / "r.yaml")
-    found = recipe.read_inputs(cfg, out)
-    assert all(found[role] >= 1 for role in recipe.ROLES)
-    assert {(repo, name) for repo, name, _ in asked} == {(f"owner/{role}", "part") for role in recipe.ROLES}
+    cfg, out = opened(tmp_path / "r.yaml")
+    found = read_inputs(cfg, out)
+    assert all(found[role] >= 1 for role in ROLES)
+    assert {(repo, name) for repo, name, _ in asked} == {(f"owner/{role}", "part") for role in ROLES}
 
 
 def test_check_refuses_what_would_fail_hours_later(tmp_path, capsys, tiny_folder):
     "A system turn in a template that knows none, a step below a row, a disk that is full: all of them at once, before anything is trained."
     import shutil
+
     from transformers import AutoTokenizer
+
     model = tmp_path / "model"
     shutil.copytree(tiny_folder, model)
     tok = AutoTokenizer.from_pretrained(model)
-    tok.chat_template = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
-                         "{% if add_generation_prompt %}<assistant>{% endif %}")
+    tok.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
     tok.save_pretrained(model)
     rows = [dict(messages=[dict(role="user", content="How fast?"), dict(role="assistant", content="Slowly.")])] * 3
     rows[1] = dict(messages=[dict(role="system", content="Be brief."), *rows[0]["messages"]])
     lines(tmp_path / "answers.jsonl", rows)
     (tmp_path / "docs").mkdir()
-    for i in range(12): (tmp_path / "docs" / f"{i}.md").write_text(f"Page {i} is about pump {i}, which is checked every {i + 2} days by its keeper. " * 5)
-    cfg = dict(model="model", output="out", data=dict(documents="docs", instructions="answers.jsonl"), pretrain=dict(length=128, tokens_per_step=64), quantize=False)
+    for i in range(12):
+        (tmp_path / "docs" / f"{i}.md").write_text(
+            f"Page {i} is about pump {i}, which is checked every {i + 2} days by its keeper. " * 5
+        )
+    cfg = dict(
+        model="model",
+        output="out",
+        data=dict(documents="docs", instructions="answers.jsonl"),
+        pretrain=dict(length=128, tokens_per_step=64),
+        quantize=False,
+    )
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(cfg))
     for command in ("check", "run"):
         status, err = call(capsys, command, tmp_path / "r.yaml")
@@ -356,14 +475,24 @@ def test_check_refuses_what_would_fail_hours_later(tmp_path, capsys, tiny_folder
 
 
 def test_check_reads_what_the_run_then_uses(tmp_path, capsys, tiny_folder, monkeypatch):
-    from domain_llm import corpus, recipe
     (tmp_path / "docs").mkdir()
-    for i in range(12): (tmp_path / "docs" / f"{i}.md").write_text(f"Page {i} is about pump {i}, which is checked every {i + 2} days by its keeper. " * 5)
-    cfg = dict(model=str(tiny_folder), output="out", data=dict(documents="docs"), mix=dict(tokens=1000), pretrain=dict(length=64, tokens_per_step=64, probes=1), evaluate=dict(probe_tokens=200, questions=10), quantize=False)
+    for i in range(12):
+        (tmp_path / "docs" / f"{i}.md").write_text(
+            f"Page {i} is about pump {i}, which is checked every {i + 2} days by its keeper. " * 5
+        )
+    cfg = dict(
+        model=str(tiny_folder),
+        output="out",
+        data=dict(documents="docs"),
+        mix=dict(tokens=1000),
+        pretrain=dict(length=64, tokens_per_step=64, probes=1),
+        evaluate=dict(probe_tokens=200, questions=10),
+        quantize=False,
+    )
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(cfg))
     assert cli.main(["check", str(tmp_path / "r.yaml")]) == 0
     said = capsys.readouterr().out
     assert "worth:" in said and "disk:" in said and "memory:" in said
-    monkeypatch.setattr(corpus, "read", lambda *a, **kw: pytest.fail("read again"))
-    metrics = recipe.run(tmp_path / "r.yaml")
+    monkeypatch.setattr(inputs, "read_documents", lambda *a, **kw: pytest.fail("read again"))
+    metrics = run_recipe(tmp_path / "r.yaml")
     assert "Quantized files" not in (tmp_path / "out" / "report.html").read_text() and metrics["domain_bpb_after"]

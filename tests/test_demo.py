@@ -1,27 +1,44 @@
 """The made-up domain: its promises to every other chapter."""
-import hashlib, json, random, re, sqlite3, time, zipfile
+
+import hashlib
+import re
+import sqlite3
+import time
 from collections import Counter
+
 import pytest
-from domain_llm import demo
+
 from domain_llm.core import InputError, read_json, read_jsonl
+from domain_llm.data.read import read_documents
+from domain_llm.demo.facts import demo_strings
+from domain_llm.demo.files import write_database, write_world
+from domain_llm.demo.general import common_questions, general_instructions, general_text, python_docs
+from domain_llm.demo.world import make_world
+from domain_llm.judge.choice import CLOZE
 
 
 @pytest.fixture(scope="module")
-def d(): return demo.make()
+def d():
+    return make_world()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     f = tmp_path_factory.mktemp("demo") / "plant"
-    return f, demo.write(f)
+    return f, write_world(f)
 
 
-def tree(folder): return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+def tree(folder):
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_same_seed_same_world(d):
-    assert demo.make() == d
-    other = demo.make(seed=1)
+    assert make_world() == d
+    other = make_world(seed=1)
     assert other["facts"] != d["facts"] and other["documents"] != d["documents"] and other["mcq"] != d["mcq"]
 
 
@@ -36,13 +53,20 @@ def test_counts(d):
 
 @pytest.mark.parametrize("part", ["facts", "documents", "mcq", "open", "sql", "instructions"])
 def test_columns(d, part):
-    want = dict(facts={"id", "entity", "attribute", "value"}, documents={"text", "source", "kind", "id"},
-                mcq={"question", "choices", "answer", "group", "fact", "part"}, open={"question", "reference", "group", "part"}, sql={"question", "sql", "split", "shape"}, instructions={"messages", "task"})[part]
+    want = dict(
+        facts={"id", "entity", "attribute", "value"},
+        documents={"text", "source", "kind", "id"},
+        mcq={"question", "choices", "answer", "group", "fact", "part"},
+        open={"question", "reference", "group", "part"},
+        sql={"question", "sql", "split", "shape"},
+        instructions={"messages", "task"},
+    )[part]
     assert all(set(r) == want for r in d[part])
 
 
 def test_ids_are_unique(d):
-    for part in ("facts", "documents"): assert len({r["id"] for r in d[part]}) == len(d[part])
+    for part in ("facts", "documents"):
+        assert len({r["id"] for r in d[part]}) == len(d[part])
 
 
 # ------------------------------------------------------------------ questions
@@ -53,8 +77,10 @@ def test_positions_are_balanced_and_say_nothing_about_the_wording(d):
 
 
 def test_options_are_values_of_the_same_attribute(d):
-    fact = {f["id"]: f for f in d["facts"]}; known = {}
-    for f in d["facts"]: known.setdefault(f["attribute"], set()).add(f["value"])
+    fact = {f["id"]: f for f in d["facts"]}
+    known = {}
+    for f in d["facts"]:
+        known.setdefault(f["attribute"], set()).add(f["value"])
     for q in d["mcq"]:
         f = fact[q["fact"]]
         assert q["group"] == f["entity"]
@@ -73,56 +99,79 @@ def accuracy(rows, score):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_no_surface_clue(seed):
-    rows = demo.make(seed)["mcq"]
+    rows = make_world(seed)["mcq"]
     answer, option = Counter(q["choices"][q["answer"]] for q in rows), Counter(c for q in rows for c in q["choices"])
-    clues = dict(answers=lambda q, c: answer[c], share=lambda q, c: answer[c] / option[c], often=lambda q, c: option[c], seldom=lambda q, c: -option[c],
-                 longest=lambda q, c: len(c), shortest=lambda q, c: -len(c), last=lambda q, c: q["choices"].index(c), alphabet=lambda q, c: sorted(q["choices"]).index(c))
-    for name, score in clues.items(): assert accuracy(rows, score) < .35, name
+    clues = dict(
+        answers=lambda q, c: answer[c],
+        share=lambda q, c: answer[c] / option[c],
+        often=lambda q, c: option[c],
+        seldom=lambda q, c: -option[c],
+        longest=lambda q, c: len(c),
+        shortest=lambda q, c: -len(c),
+        last=lambda q, c: q["choices"].index(c),
+        alphabet=lambda q, c: sorted(q["choices"]).index(c),
+    )
+    for name, score in clues.items():
+        assert accuracy(rows, score) < 0.35, name
 
 
 def test_instructions_use_other_words_than_the_tests(d):
     tests = {q["question"] for q in d["mcq"]} | {q["question"] for q in d["open"]}
-    assert not any(m["content"] in tests or any(len(t) > 30 and t in m["content"] for t in tests) for r in d["instructions"] for m in r["messages"])
+    assert not any(
+        m["content"] in tests or any(len(t) > 30 and t in m["content"] for t in tests)
+        for r in d["instructions"]
+        for m in r["messages"]
+    )
 
 
 # ------------------------------------------------------------------ taught and held-out machines
-def said(row): return "\n".join(m["content"] for m in row["messages"])
+def said(row):
+    return "\n".join(m["content"] for m in row["messages"])
 
 
-def named_in(text, d): return {f["entity"] for f in d["facts"] if re.search(rf"\b{f['entity']}\b", text)}
+def named_in(text, d):
+    return {f["entity"] for f in d["facts"] if re.search(rf"\b{f['entity']}\b", text)}
 
 
 @pytest.mark.parametrize("seed, n", [(0, 20), (1, 16), (2, 40)])
 def test_instructions_speak_of_the_taught_machines_only(seed, n):
-    d = demo.make(seed, n)
+    d = make_world(seed, n)
     assert set().union(*(named_in(said(r), d) for r in d["instructions"])) == set(d["taught"])
     assert len(d["taught"]) == n // 2 == len(set(d["taught"]))
 
 
 @pytest.mark.parametrize("n", [8, 9, 20, 51, 200])
 def test_half_of_each_kind_of_machine_is_taught(n):
-    d = demo.make(seed=4, entities=n)
-    kind = {name: demo.strings()["splits"][k // 2 % 5][k % 2][0] for k, name in enumerate(dict.fromkeys(f["entity"] for f in d["facts"]))}
+    d = make_world(seed=4, entities=n)
+    kind = {
+        name: demo_strings()["splits"][k // 2 % 5][k % 2][0]
+        for k, name in enumerate(dict.fromkeys(f["entity"] for f in d["facts"]))
+    }
     machines, taught = Counter(kind.values()), Counter(kind[name] for name in d["taught"])
-    assert all(abs(taught[k] - machines[k] / 2) <= .5 for k in machines)
-    assert abs(len(d["taught"]) - n / 2) <= .5
+    assert all(abs(taught[k] - machines[k] / 2) <= 0.5 for k in machines)
+    assert abs(len(d["taught"]) - n / 2) <= 0.5
 
 
 def test_another_seed_teaches_other_kinds_first():
     def places(seed):
-        d = demo.make(seed)
+        d = make_world(seed)
         return [name in d["taught"] for name in dict.fromkeys(f["entity"] for f in d["facts"])]
+
     assert len({tuple(places(seed)) for seed in range(5)}) == 5
 
 
 def test_every_attribute_is_taught_on_some_machines_and_held_out_on_others(d):
-    attributes = {part: {f["attribute"] for f in d["facts"] if (f["entity"] in d["taught"]) == part} for part in (True, False)}
+    attributes = {
+        part: {f["attribute"] for f in d["facts"] if (f["entity"] in d["taught"]) == part} for part in (True, False)
+    }
     assert len(attributes[True]) == len(attributes[False]) == 8
 
 
 def test_questions_say_their_part(d):
     for part in ("mcq", "open"):
-        assert {(q["group"], q["part"]) for q in d[part]} == {(f["entity"], "taught" if f["entity"] in d["taught"] else "held-out") for f in d["facts"]}
+        assert {(q["group"], q["part"]) for q in d[part]} == {
+            (f["entity"], "taught" if f["entity"] in d["taught"] else "held-out") for f in d["facts"]
+        }
 
 
 def test_a_taught_fact_is_told_in_eight_wordings_and_four_orders(d):
@@ -131,14 +180,25 @@ def test_a_taught_fact_is_told_in_eight_wordings_and_four_orders(d):
         asked = [m["content"] for r in talks for m in r["messages"][::2]]
         assert len(talks) == 8 and len(set(asked)) == 32
         for f in [f for f in d["facts"] if f["entity"] == name]:
-            answers = [m["content"] for r in talks for m in r["messages"][1::2] if re.search(rf"\b{f['value']}\b", m["content"])]
+            answers = [
+                m["content"]
+                for r in talks
+                for m in r["messages"][1::2]
+                if re.search(rf"\b{f['value']}\b", m["content"])
+            ]
             assert len(answers) >= 8 and len(set(answers)) >= 8, f
-        orders = {tuple(min(range(0, 8, 2), key=lambda k: v not in r["messages"][k + 1]["content"]) for v in sorted(f["value"] for f in d["facts"] if f["entity"] == name)) for r in talks}
+        orders = {
+            tuple(
+                min(range(0, 8, 2), key=lambda k: v not in r["messages"][k + 1]["content"])
+                for v in sorted(f["value"] for f in d["facts"] if f["entity"] == name)
+            )
+            for r in talks
+        }
         assert len(orders) >= 4
 
 
 def test_conversations_use_many_wordings_of_their_own():
-    for a in demo.strings()["attributes"].values():
+    for a in demo_strings()["attributes"].values():
         questions, answers = zip(*a["qa"])
         assert len(set(questions)) >= 8 and len(set(answers)) >= 8
         assert all("{e}" in q and "{e}" in answer and "{v}" in answer for q, answer in a["qa"])
@@ -147,20 +207,19 @@ def test_conversations_use_many_wordings_of_their_own():
 
 
 # ------------------------------------------------------------------ the exam's own format
-def exam_items(text): return re.findall(r"(?im)^\W*Question:.*\n+\W*Answer:", text)
+def exam_items(text):
+    return re.findall(r"(?im)^\W*Question:.*\n+\W*Answer:", text)
 
 
 def test_no_training_text_has_the_format_of_the_exam(d):
-    from domain_llm.evaluate import CLOZE
     assert exam_items(CLOZE.format(question="Who?"))  # the search knows the format
-    documents = [r["text"] for r in [*d["documents"], *demo.general(), *demo.general("probe")]]
-    conversations = [said(r) for r in [*d["instructions"], *demo.general_instructions()]]
+    documents = [r["text"] for r in [*d["documents"], *general_text(), *general_text("probe")]]
+    conversations = [said(r) for r in [*d["instructions"], *general_instructions()]]
     assert not [item for text in documents + conversations for item in exam_items(text)]
 
 
 def test_no_written_document_has_the_format_of_the_exam(folder):
-    from domain_llm import corpus
-    rows, skipped = corpus.read(folder[1]["docs"])
+    rows, skipped = read_documents(folder[1]["docs"])
     assert len(rows) > 40 and not skipped
     assert not [item for r in rows for item in exam_items(r["text"])]
 
@@ -172,14 +231,18 @@ def test_every_fact_is_stated_in_four_documents_and_four_forms(d):
     for f in d["facts"]:
         hits = [r for r in docs if f["entity"] in r["text"] and f["value"] in r["text"]]
         assert len(hits) >= 4 and {"standard", "book", "web"} <= {r["kind"] for r in hits}
-        lines = {l for r in hits for l in r["text"].replace(". ", ".\n").splitlines() if f["entity"] in l and f["value"] in l}
+        lines = {
+            l for r in hits for l in r["text"].replace(". ", ".\n").splitlines() if f["entity"] in l and f["value"] in l
+        }
         assert len({l.replace(f["entity"], "").replace(f["value"], "") for l in lines}) >= 4, f
 
 
 def test_density_falls_from_standard_to_news(d):
-    copies = {b for _, b in d["planted"]["duplicates"]}; hits, words = Counter(), Counter()
+    copies = {b for _, b in d["planted"]["duplicates"]}
+    hits, words = Counter(), Counter()
     for r in d["documents"]:
-        if r["id"] in copies: continue
+        if r["id"] in copies:
+            continue
         words[r["kind"]] += len(r["text"].split())
         hits[r["kind"]] += sum(r["text"].count(f["value"]) for f in d["facts"] if f["entity"] in r["text"])
     rate = {k: hits[k] / words[k] for k in words}
@@ -187,8 +250,14 @@ def test_density_falls_from_standard_to_news(d):
 
 
 def test_no_slot_was_left_open(d):
-    texts = [r["text"] for r in d["documents"]] + [q["question"] for q in d["mcq"] + d["sql"]] + [m["content"] for r in d["instructions"] for m in r["messages"]]
-    assert not any("{" in t or "}" in t or "  " in t.replace("MENU  News  Shop  Reviews  Contact  Search", "") for t in texts)
+    texts = (
+        [r["text"] for r in d["documents"]]
+        + [q["question"] for q in d["mcq"] + d["sql"]]
+        + [m["content"] for r in d["instructions"] for m in r["messages"]]
+    )
+    assert not any(
+        "{" in t or "}" in t or "  " in t.replace("MENU  News  Shop  Reviews  Contact  Search", "") for t in texts
+    )
 
 
 def test_planted_duplicates_are_near_but_not_equal(d):
@@ -196,12 +265,13 @@ def test_planted_duplicates_are_near_but_not_equal(d):
     grams = lambda t: {tuple(w) for w in zip(*(t.split()[i:] for i in range(5)))}
     for a, b in d["planted"]["duplicates"]:
         x, y = grams(text[a]), grams(text[b])
-        assert text[a] not in text[b] and .55 < len(x & y) / len(x | y) < 1
+        assert text[a] not in text[b] and 0.55 < len(x & y) / len(x | y) < 1
         assert a.startswith("standard") and b.startswith("web")
 
 
 def test_planted_leaks_quote_the_question(d):
-    row = {r["id"]: r for r in d["documents"]}; answered = 0
+    row = {r["id"]: r for r in d["documents"]}
+    answered = 0
     for l in d["planted"]["leaks"]:
         q, r = d["mcq"][l["question"]], row[l["id"]]
         assert q["question"] in r["text"] and r["kind"] in ("web", "news")
@@ -213,13 +283,19 @@ def test_planted_leaks_quote_the_question(d):
 
 # ------------------------------------------------------------------ database
 def test_gold_sql_runs_and_agrees_with_the_facts(d, tmp_path):
-    con = sqlite3.connect(demo.database(tmp_path / "plant.db", d))
-    assert con.execute("PRAGMA foreign_key_check").fetchall() == [] and len(con.execute("SELECT name FROM sqlite_master WHERE type='table'").fetchall()) >= 6
+    con = sqlite3.connect(write_database(tmp_path / "plant.db", d))
+    assert (
+        con.execute("PRAGMA foreign_key_check").fetchall() == []
+        and len(con.execute("SELECT name FROM sqlite_master WHERE type='table'").fetchall()) >= 6
+    )
     got = {r["sql"]: con.execute(r["sql"]).fetchall() for r in d["sql"]}
     assert all(rows and rows[0][0] not in (None, 0) for rows in got.values())
-    column = {a["name"]: a["column"] for a in demo.strings()["attributes"].values()}
+    column = {a["name"]: a["column"] for a in demo_strings()["attributes"].values()}
     for f in d["facts"]:
-        [(v,)] = con.execute(f"SELECT {column[f['attribute']]} FROM specifications JOIN machines USING (machine_id) WHERE name = ?", [f["entity"]]).fetchall()
+        [(v,)] = con.execute(
+            f"SELECT {column[f['attribute']]} FROM specifications JOIN machines USING (machine_id) WHERE name = ?",
+            [f["entity"]],
+        ).fetchall()
         assert str(v) == f["value"].split()[0] if isinstance(v, int) else v == f["value"]
 
 
@@ -227,59 +303,80 @@ def test_sql_splits(d):
     by = {s: [r for r in d["sql"] if r["split"] == s] for s in ("train", "dev", "test")}
     shapes = {s: {r["shape"] for r in rows} for s, rows in by.items()}
     assert len(by["train"]) >= 400 and len(by["dev"]) >= 50 and len(by["test"]) >= 200
-    assert len(shapes["test"] - shapes["train"]) >= 5 and shapes["dev"] - shapes["train"] and shapes["test"] & shapes["train"]
+    assert (
+        len(shapes["test"] - shapes["train"]) >= 5
+        and shapes["dev"] - shapes["train"]
+        and shapes["test"] & shapes["train"]
+    )
     sql = {s: {r["sql"] for r in rows} for s, rows in by.items()}
     assert not sql["train"] & sql["test"] and not sql["train"] & sql["dev"] and not sql["dev"] & sql["test"]
     assert len({r["question"] for r in d["sql"]}) == len(d["sql"])
-    assert all(len(set(s["questions"])) >= 3 for s in demo.strings()["sql"])
+    assert all(len(set(s["questions"])) >= 3 for s in demo_strings()["sql"])
 
 
 # ------------------------------------------------------------------ size
 def test_it_scales_linearly():
-    def seconds(n): t = time.process_time(); x = demo.make(entities=n); return time.process_time() - t, x
-    small, _ = seconds(250); large, big = seconds(2000)
+    def seconds(n):
+        t = time.process_time()
+        x = make_world(entities=n)
+        return time.process_time() - t, x
+
+    small, _ = seconds(250)
+    large, big = seconds(2000)
     assert len(big["facts"]) == 8000 and len({f["entity"] for f in big["facts"]}) == 2000 and len(big["mcq"]) == 64000
-    assert large < 25 * max(small, .05)
+    assert large < 25 * max(small, 0.05)
     assert len({r[1] for r in big["tables"]["rows"]["staff"]}) == len(big["tables"]["rows"]["staff"])
 
 
 @pytest.mark.parametrize("n", [8, 9, 13, 51])
 def test_other_sizes(n):
-    x = demo.make(seed=3, entities=n)
+    x = make_world(seed=3, entities=n)
     assert len(x["facts"]) == 4 * n and all(len(set(q["choices"])) == 4 for q in x["mcq"])
     assert set(Counter(q["answer"] for q in x["mcq"]).values()) == {8 * n}
 
 
-@pytest.mark.parametrize("call", [lambda: demo.make(entities=7), lambda: demo.make(lang="zh"), lambda: demo.general("test")])
+@pytest.mark.parametrize(
+    "call", [lambda: make_world(entities=7), lambda: make_world(lang="zh"), lambda: general_text("test")]
+)
 def test_bad_input_is_explained(call):
-    with pytest.raises(InputError): call()
+    with pytest.raises(InputError):
+        call()
 
 
 # ------------------------------------------------------------------ shipped data
 def test_common_questions():
-    rows = demo.common()
+    rows = common_questions()
     assert len(rows) >= 220 and len({r["question"] for r in rows}) == len(rows) and len({r["group"] for r in rows}) >= 6
     assert all(len(set(r["choices"])) == 4 and 0 <= r["answer"] < 4 for r in rows)
-    count = Counter(r["answer"] for r in rows); assert max(count.values()) - min(count.values()) <= 1
-    assert accuracy(rows, lambda q, c: len(c)) < .4 and accuracy(rows, lambda q, c: -len(c)) < .4
+    count = Counter(r["answer"] for r in rows)
+    assert max(count.values()) - min(count.values()) <= 1
+    assert accuracy(rows, lambda q, c: len(c)) < 0.4 and accuracy(rows, lambda q, c: -len(c)) < 0.4
 
 
 def test_general_text_is_clean_and_split():
-    train, probe = demo.general(), demo.general("probe")
+    train, probe = general_text(), general_text("probe")
     assert sum(len(r["text"].split()) for r in train) > 40_000 and sum(len(r["text"].split()) for r in probe) > 5_000
     texts = [r["text"] for r in train + probe]
-    assert len(set(texts)) == len(texts) and all(r["kind"] == "general" for r in train + probe) and len({r["id"] for r in train + probe}) == len(texts)
-    rows = demo.general_instructions()
+    assert (
+        len(set(texts)) == len(texts)
+        and all(r["kind"] == "general" for r in train + probe)
+        and len({r["id"] for r in train + probe}) == len(texts)
+    )
+    rows = general_instructions()
     assert len(rows) >= 300 and all([m["role"] for m in r["messages"]] == ["user", "assistant"] for r in rows)
 
 
 def test_python_docs():
-    rows = demo.python_docs()
-    assert len(rows) > 50 and sum(len(r["text"]) for r in rows) > 300_000 and [r["id"] for r in rows] == sorted(r["id"] for r in rows)
+    rows = python_docs()
+    assert (
+        len(rows) > 50
+        and sum(len(r["text"]) for r in rows) > 300_000
+        and [r["id"] for r in rows] == sorted(r["id"] for r in rows)
+    )
 
 
 def test_the_domain_is_nowhere_in_the_general_data(d):
-    text = "\n".join(r["text"] for r in demo.general() + demo.general("probe"))
+    text = "\n".join(r["text"] for r in general_text() + general_text("probe"))
     assert not any(f["entity"] in text for f in d["facts"])
 
 
@@ -287,26 +384,42 @@ def test_the_domain_is_nowhere_in_the_general_data(d):
 def test_write_round_trip(folder, d):
     f, paths = folder
     assert all(p.exists() for p in paths.values())
-    assert read_jsonl(paths["mcq"]) == d["mcq"] and read_jsonl(paths["open"]) == d["open"] and read_jsonl(paths["instructions"]) == d["instructions"]
-    assert [r for s in ("train", "dev", "test") for r in read_jsonl(paths[f"sql_{s}"])] == sorted(d["sql"], key=lambda r: ["train", "dev", "test"].index(r["split"]))
+    assert (
+        read_jsonl(paths["mcq"]) == d["mcq"]
+        and read_jsonl(paths["open"]) == d["open"]
+        and read_jsonl(paths["instructions"]) == d["instructions"]
+    )
+    assert [r for s in ("train", "dev", "test") for r in read_jsonl(paths[f"sql_{s}"])] == sorted(
+        d["sql"], key=lambda r: ["train", "dev", "test"].index(r["split"])
+    )
     truth = read_json(paths["truth"])
-    assert truth["facts"] == d["facts"] and truth["taught"] == d["taught"] and len(truth["duplicates"]) == len(d["planted"]["duplicates"])
-    for a, b in truth["duplicates"]: assert (f / a).exists() and (f / b).exists()
-    for l in truth["leaks"]: assert (f / l["file"]).exists()
+    assert (
+        truth["facts"] == d["facts"]
+        and truth["taught"] == d["taught"]
+        and len(truth["duplicates"]) == len(d["planted"]["duplicates"])
+    )
+    for a, b in truth["duplicates"]:
+        assert (f / a).exists() and (f / b).exists()
+    for l in truth["leaks"]:
+        assert (f / l["file"]).exists()
     assert {p.suffix for p in paths["docs"].rglob("*") if p.is_file()} == {".md", ".docx", ".html", ".txt"}
 
 
 def test_write_twice_gives_the_same_bytes(folder, tmp_path):
     f, _ = folder
-    demo.write(tmp_path / "again"); assert tree(tmp_path / "again") == tree(f)
+    write_world(tmp_path / "again")
+    assert tree(tmp_path / "again") == tree(f)
 
 
 def test_write_replaces_only_a_demo(tmp_path):
-    (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError): demo.write(tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError):
+        write_world(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
-    demo.write(tmp_path / "demo", entities=8)
-    with pytest.raises(InputError): demo.write(tmp_path / "demo", seed=1, entities=8)
+    write_world(tmp_path / "demo", entities=8)
+    with pytest.raises(InputError):
+        write_world(tmp_path / "demo", seed=1, entities=8)
 
 
 def test_word_files_open_in_python_docx(folder, d):
@@ -321,6 +434,13 @@ def test_word_files_open_in_python_docx(folder, d):
 
 def test_html_holds_the_page_and_its_junk(folder, d):
     bs4 = pytest.importorskip("bs4")
-    row = next(r for r in d["documents"] if r["kind"] == "web" and r["id"] not in {b for _, b in d["planted"]["duplicates"]})
+    row = next(
+        r for r in d["documents"] if r["kind"] == "web" and r["id"] not in {b for _, b in d["planted"]["duplicates"]}
+    )
     soup = bs4.BeautifulSoup((folder[0] / row["source"]).read_text(encoding="utf-8"), "html.parser")
-    assert soup.nav and soup.script and soup.footer and all(l in soup.get_text() for l in row["text"].splitlines() if l.strip())
+    assert (
+        soup.nav
+        and soup.script
+        and soup.footer
+        and all(l in soup.get_text() for l in row["text"].splitlines() if l.strip())
+    )

@@ -1,4 +1,5 @@
 """A run keeps what it has made and never touches what it has not made."""
+
 import hashlib
 import json
 import os
@@ -8,10 +9,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from domain_llm import cli, demo, experiments, keep, recipe
+from domain_llm import cli
 from domain_llm.core import InputError, fingerprint, read_json
+from domain_llm.demo.files import write_world
+from domain_llm.run import experiments, keep, pipeline
+from domain_llm.run.inputs import ROLES
+from domain_llm.run.pipeline import NAMES, run_recipe
+from domain_llm.run.recipe import SCHEMA, check_recipe
+from domain_llm.run.stages import REPORTS, identity, stages
 
-TINY = dict(name="small", demo=8, mix=dict(parts=dict(domain=1, general=0.5, instructions=0.2)), evaluate=dict(screen=True))
+TINY = dict(
+    name="small", demo=8, mix=dict(parts=dict(domain=1, general=0.5, instructions=0.2)), evaluate=dict(screen=True)
+)
 
 
 def hashes(folder):
@@ -29,14 +38,14 @@ MADE = {  # what each stage leaves behind, as far as later stages read it
     "screen": ("screen.json",),
     "answers": ("answers.json",),
     "quantize": ("model.gguf",),
-    "report": recipe.REPORTS,
+    "report": REPORTS,
 }
 
 
 @pytest.fixture
 def calls(monkeypatch):
     "The names of the stages that work, in order; each writes a digest of what it was given instead of a result."
-    done, real = [], recipe.stages
+    done, real = [], stages
 
     def work(name, reads):
         def fake(cfg, read, out):
@@ -51,14 +60,15 @@ def calls(monkeypatch):
                 text = json.dumps(dict(verdict=digest)) if path == "metrics.json" else digest
                 (out / path).write_text(text)
             return {}
+
         return fake
 
-    def stages(cfg):
+    def fake_stages(cfg):
         return {name: replace(stage, work=work(name, stage.reads)) for name, stage in real(cfg).items()}
 
-    monkeypatch.setattr(recipe, "stages", stages)
-    monkeypatch.setattr(recipe, "preflight_of", lambda cfg, out: [])
-    monkeypatch.setattr(recipe, "_say_worth", lambda out: None)
+    monkeypatch.setattr(pipeline, "stages", fake_stages)
+    monkeypatch.setattr(pipeline, "preflight_of", lambda cfg, out: [])
+    monkeypatch.setattr(pipeline, "_say_worth", lambda out: None)
     return done
 
 
@@ -89,10 +99,39 @@ TABLE = {  # setting -> (another value, stages that run again)
     **{f"select.{k}": (v, AFTER_PRETRAIN) for k, v in dict(tokens=1000, by="prior", kinds=["web"], near=0.5).items()},
     "mix.parts": ({"domain": 1, "general": 2, "instructions": 0.2}, AFTER_PRETRAIN),
     **{f"mix.{k}": (v, AFTER_PRETRAIN) for k, v in dict(epochs=2, tokens=5000, max_epochs=9).items()},
-    **{f"pretrain.{k}": (v, AFTER_PRETRAIN) for k, v in dict(method="lora", learning_rate=1e-3, tokens_per_step=512, length=128, warmup=0.2, schedule="constant",
-                                                            weight_decay=0.1, rank=8, alpha=8, probes=3, forgetting_budget=0.5).items()},
-    **{f"sft.{k}": (v, ["sft", *AFTER_SFT]) for k, v in dict(epochs=2, method="full", learning_rate=1e-3, tokens_per_step=1024, length=256, warmup=0.2, schedule="constant",
-                                                            weight_decay=0.1, rank=8, alpha=8, probes=3, forgetting_budget=0.5).items()},
+    **{
+        f"pretrain.{k}": (v, AFTER_PRETRAIN)
+        for k, v in dict(
+            method="lora",
+            learning_rate=1e-3,
+            tokens_per_step=512,
+            length=128,
+            warmup=0.2,
+            schedule="constant",
+            weight_decay=0.1,
+            rank=8,
+            alpha=8,
+            probes=3,
+            forgetting_budget=0.5,
+        ).items()
+    },
+    **{
+        f"sft.{k}": (v, ["sft", *AFTER_SFT])
+        for k, v in dict(
+            epochs=2,
+            method="full",
+            learning_rate=1e-3,
+            tokens_per_step=1024,
+            length=256,
+            warmup=0.2,
+            schedule="constant",
+            weight_decay=0.1,
+            rank=8,
+            alpha=8,
+            probes=3,
+            forgetting_budget=0.5,
+        ).items()
+    },
     "evaluate.questions": (10, ["baseline", "evaluate", "screen", "report"]),
     "evaluate.probe_tokens": (500, ["baseline", *AFTER_PRETRAIN]),
     "evaluate.screen": (False, ["report"]),
@@ -107,8 +146,8 @@ def settings_of(schema, prefix=""):
 
 
 def test_the_table_holds_every_setting():
-    paths = {f"data.{role}" for role in recipe.ROLES}
-    assert set(TABLE) == set(settings_of(recipe.SCHEMA)) - paths - {"output"}
+    paths = {f"data.{role}" for role in ROLES}
+    assert set(TABLE) == set(settings_of(SCHEMA)) - paths - {"output"}
 
 
 def test_each_setting_repeats_exactly_what_depends_on_it(calls, tmp_path):
@@ -118,7 +157,7 @@ def test_each_setting_repeats_exactly_what_depends_on_it(calls, tmp_path):
     def run(settings):
         calls.clear()
         path.write_text(yaml.safe_dump(settings))
-        recipe.run(path, out)
+        run_recipe(path, out)
         return list(calls)
 
     assert run(TINY) == ALL
@@ -127,22 +166,33 @@ def test_each_setting_repeats_exactly_what_depends_on_it(calls, tmp_path):
         assert run(TINY) == [], f"after {name}"
     without = changed(TINY, "evaluate.screen", False)
     assert run(changed(without, "seed", 5)) == [s for s in ALL if s != "screen"]
-    assert run(changed(TINY, "seed", 5)) == ["pretrain", "sft", "screen", "report"]  # checkpoints were not kept, the model is the same
+    assert run(changed(TINY, "seed", 5)) == [
+        "pretrain",
+        "sft",
+        "screen",
+        "report",
+    ]  # checkpoints were not kept, the model is the same
 
 
 def test_changed_files_repeat_what_reads_them(calls, tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()
     for i in range(12):
-        (docs / f"{i}.md").write_text(f"# Page {i}\n\nThe pump of line {i} runs at {1000 + i} rpm and is checked after {i + 3} days by its keeper.\n")
+        (docs / f"{i}.md").write_text(
+            f"# Page {i}\n\nThe pump of line {i} runs at {1000 + i} rpm and is checked after {i + 3} days by its keeper.\n"
+        )
     rows = [dict(question=f"How fast is pump {i}?", choices=["1", "2"], answer=0) for i in range(4)]
     for name in ("questions", "more"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[: 4 if name == "questions" else 3]))
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(dict(name="x", data=dict(documents="docs", questions="questions.jsonl"), output="out")))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in rows[: 4 if name == "questions" else 3])
+        )
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump(dict(name="x", data=dict(documents="docs", questions="questions.jsonl"), output="out"))
+    )
 
     def run():
         calls.clear()
-        recipe.run(tmp_path / "r.yaml")
+        run_recipe(tmp_path / "r.yaml")
         return list(calls)
 
     plan = ["corpus", "baseline", "pretrain", "evaluate", "answers", "quantize", "report"]
@@ -152,11 +202,28 @@ def test_changed_files_repeat_what_reads_them(calls, tmp_path):
     (docs / "picture.png").write_bytes(b"\x89PNG")
     assert run() in ([], ["corpus", "report"])  # the list of skipped files may change, no document does
     (tmp_path / "questions.jsonl").write_text((tmp_path / "more.jsonl").read_text())
-    assert run() == ["corpus", "baseline", "evaluate", "answers", "quantize", "report"]  # the fake corpus leaves its documents as they are
+    assert run() == [
+        "corpus",
+        "baseline",
+        "evaluate",
+        "answers",
+        "quantize",
+        "report",
+    ]  # the fake corpus leaves its documents as they are
 
 
-RUN_PATHS = [*recipe.NAMES, *(f"{s}/{f}" for s, files in MADE.items() for f in files), *recipe.REPORTS, "demo/world/truth.json", "inputs/documents/rows.jsonl",
-             keep.PRIVATE, f"{keep.PRIVATE}/lock", f"{keep.PRIVATE}/published.json", f"{keep.PRIVATE}/replaced/x", f"{keep.PRIVATE}/new/x"]
+RUN_PATHS = [
+    *NAMES,
+    *(f"{s}/{f}" for s, files in MADE.items() for f in files),
+    *REPORTS,
+    "demo/world/truth.json",
+    "inputs/documents/rows.jsonl",
+    keep.PRIVATE,
+    f"{keep.PRIVATE}/lock",
+    f"{keep.PRIVATE}/published.json",
+    f"{keep.PRIVATE}/replaced/x",
+    f"{keep.PRIVATE}/new/x",
+]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -171,7 +238,7 @@ def test_nothing_that_stands_in_the_way_of_a_run_is_touched(path, kind, calls, t
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY))
     before = hashes(tmp_path)
     with pytest.raises(InputError, match="not made by a run"):
-        recipe.run(tmp_path / "r.yaml", out)
+        run_recipe(tmp_path / "r.yaml", out)
     after = hashes(tmp_path)
     assert {k: after[k] for k in before} == before and not calls
 
@@ -190,7 +257,7 @@ def test_documents_that_lie_where_a_stage_would_write_are_refused(tmp_path, caps
 def test_a_run_inside_its_documents_is_refused(tmp_path):
     (tmp_path / "a.md").write_text("Page")
     with pytest.raises(InputError, match="inside the documents folder"):
-        recipe.check(dict(data=dict(documents=".")), tmp_path)
+        check_recipe(dict(data=dict(documents=".")), tmp_path)
 
 
 def test_what_lies_beside_the_results_stays(calls, tmp_path):
@@ -199,24 +266,37 @@ def test_what_lies_beside_the_results_stays(calls, tmp_path):
     (out / "manuals" / "a.md").write_text("The only copy.")
     (out / "notes.txt").write_text("mine")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY))
-    recipe.run(tmp_path / "r.yaml", out)
+    run_recipe(tmp_path / "r.yaml", out)
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(changed(TINY, "seed", 3)))
-    recipe.run(tmp_path / "r.yaml", out)
+    run_recipe(tmp_path / "r.yaml", out)
     assert (out / "manuals" / "a.md").read_text() == "The only copy." and (out / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", recipe.REPORTS)
+@pytest.mark.parametrize("name", REPORTS)
 def test_an_edited_report_is_not_replaced(name, calls, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY))
-    recipe.run(tmp_path / "r.yaml", out)
+    run_recipe(tmp_path / "r.yaml", out)
     (out / name).write_text("with my notes")
     with pytest.raises(InputError, match=name):
-        recipe.run(tmp_path / "r.yaml", out)
+        run_recipe(tmp_path / "r.yaml", out)
     assert (out / name).read_text() == "with my notes"
 
 
-@pytest.mark.parametrize("path", ["runs/mix-0.json", "before/x", "result/x", "result.json", "trade.png", "effects.png", "corpus/documents.jsonl", "demo/x", "inputs/documents/x"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "runs/mix-0.json",
+        "before/x",
+        "result/x",
+        "result.json",
+        "trade.png",
+        "effects.png",
+        "corpus/documents.jsonl",
+        "demo/x",
+        "inputs/documents/x",
+    ],
+)
 def test_nothing_that_stands_in_the_way_of_an_experiment_is_touched(path, tmp_path):
     out = tmp_path / "out"
     (out / path).parent.mkdir(parents=True)
@@ -231,8 +311,11 @@ def test_commands_do_not_overwrite_a_file(tmp_path, capsys, tiny_folder):
     (tmp_path / "docs" / "a.md").write_text("A page about pumps and valves. " * 20)
     for name in ("out.jsonl", "figures.json", "recipe.yaml"):
         (tmp_path / name).write_text("The only copy.")
-    for argv in (["corpus", tmp_path / "docs", "--out", tmp_path / "out.jsonl"], ["eval", tiny_folder, "--limit", "2", "--json", tmp_path / "figures.json"],
-                 ["init", tmp_path / "docs", "--recipe", tmp_path / "recipe.yaml"]):
+    for argv in (
+        ["corpus", tmp_path / "docs", "--out", tmp_path / "out.jsonl"],
+        ["eval", tiny_folder, "--limit", "2", "--json", tmp_path / "figures.json"],
+        ["init", tmp_path / "docs", "--recipe", tmp_path / "recipe.yaml"],
+    ):
         assert cli.main([str(a) for a in argv]) == 2
         assert "exists already" in capsys.readouterr().err
     assert {(tmp_path / n).read_text() for n in ("out.jsonl", "figures.json", "recipe.yaml")} == {"The only copy."}
@@ -241,10 +324,10 @@ def test_commands_do_not_overwrite_a_file(tmp_path, capsys, tiny_folder):
 
 
 def test_the_demo_is_not_written_over_anything(tmp_path):
-    made = demo.write(tmp_path / "world", entities=8)
+    made = write_world(tmp_path / "world", entities=8)
     (tmp_path / "world" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="Choose a new folder"):
-        demo.write(tmp_path / "world", seed=1, entities=8)
+        write_world(tmp_path / "world", seed=1, entities=8)
     assert (tmp_path / "world" / "notes.txt").read_text() == "mine" and made["truth"].exists()
 
 
@@ -252,7 +335,7 @@ def test_tidy_lists_asks_and_removes_what_is_no_longer_wanted(calls, tmp_path, c
     out = tmp_path / "out"
     for seed in (0, 1):
         (tmp_path / "r.yaml").write_text(yaml.safe_dump(changed(TINY, "seed", seed)))
-        recipe.run(tmp_path / "r.yaml", out)
+        run_recipe(tmp_path / "r.yaml", out)
     present = {k: v for k, v in hashes(out).items() if not k.startswith(keep.PRIVATE)}
     aside = keep.spare(out)
     assert {r["stage"] for r in aside} >= {"demo", *ALL}
@@ -263,10 +346,14 @@ def test_tidy_lists_asks_and_removes_what_is_no_longer_wanted(calls, tmp_path, c
         assert cli.main(["tidy", str(out)]) == 0
         assert len(list((out / keep.PRIVATE / "replaced").iterdir())) == left
     assert "note.txt" in capsys.readouterr().out and note.read_text() == "mine"
-    assert cli.main(["tidy", str(out)]) == 0 and "nothing to remove" in capsys.readouterr().out and note.read_text() == "mine"
+    assert (
+        cli.main(["tidy", str(out)]) == 0
+        and "nothing to remove" in capsys.readouterr().out
+        and note.read_text() == "mine"
+    )
     assert {k: v for k, v in hashes(out).items() if not k.startswith(keep.PRIVATE)} == present
     calls.clear()
-    recipe.run(tmp_path / "r.yaml", out)
+    run_recipe(tmp_path / "r.yaml", out)
     assert calls == []
     assert cli.main(["tidy", str(tmp_path)]) == 2
 
@@ -286,16 +373,17 @@ def test_a_cut_tidy_goes_on(tmp_path):
 def test_a_retrained_model_is_told_by_its_content(tiny_folder, tmp_path):
     "Same names, same sizes, other weights."
     import shutil
+
     copy = tmp_path / "model"
     shutil.copytree(tiny_folder, copy)
-    assert recipe.identity(str(copy)) == recipe.identity(str(tiny_folder))
+    assert identity(str(copy)) == identity(str(tiny_folder))
     weights = copy / "model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     times = weights.stat()
     weights.write_bytes(raw)
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert recipe.identity(str(copy)) != recipe.identity(str(tiny_folder))
+    assert identity(str(copy)) != identity(str(tiny_folder))
 
 
 def test_a_finished_stage_whose_file_is_gone_says_so(tmp_path):
@@ -312,14 +400,18 @@ def test_a_finished_stage_whose_file_is_gone_says_so(tmp_path):
 def test_a_run_without_file_locks_still_runs(tmp_path, monkeypatch):
     "As on Windows, which has no fcntl."
     import builtins
+
     real = builtins.__import__
 
     def without(name, *args, **kw):
-        if name == "fcntl": raise ImportError(name)
+        if name == "fcntl":
+            raise ImportError(name)
         return real(name, *args, **kw)
+
     keep.claim(tmp_path)
     monkeypatch.setattr(builtins, "__import__", without)
-    with keep.alone(tmp_path): pass
+    with keep.alone(tmp_path):
+        pass
 
 
 def test_nothing_needs_symbolic_links():
@@ -332,9 +424,10 @@ def test_a_second_run_does_not_disturb_the_first(calls, tmp_path):
     "It is refused before it touches what the first is making."
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY))
     out = tmp_path / "out"
-    recipe.run(tmp_path / "r.yaml", out)
+    run_recipe(tmp_path / "r.yaml", out)
     with keep.alone(out):
         making = out / keep.PRIVATE / "new" / "corpus"
         making.mkdir(parents=True)
-        with pytest.raises(InputError, match="another run"): recipe.run(tmp_path / "r.yaml", out)
+        with pytest.raises(InputError, match="another run"):
+            run_recipe(tmp_path / "r.yaml", out)
         assert making.exists()

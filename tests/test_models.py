@@ -1,20 +1,25 @@
 import errno
 
-import pytest, torch
+import pytest
+import torch
 
 from domain_llm import models
 from domain_llm.core import InputError
+from domain_llm.devices import default_device, half_dtype, memory_advice, out_of_memory
 
 
 def test_conversion_keeps_weights_and_template(tok):
     "The cached folder must hold what the GGUF file holds: dequantized here by the gguf package, not by transformers."
     from gguf import GGUFReader
     from gguf.quants import dequantize
+
     reader = GGUFReader(models._demo_gguf())
     tensors = {t.name: t for t in reader.tensors}
     model, _ = models.load()
     t = tensors["blk.3.ffn_down.weight"]
-    assert torch.allclose(torch.tensor(dequantize(t.data, t.tensor_type)), model.model.layers[3].mlp.down_proj.weight, atol=1e-6)
+    assert torch.allclose(
+        torch.tensor(dequantize(t.data, t.tensor_type)), model.model.layers[3].mlp.down_proj.weight, atol=1e-6
+    )
     field = reader.fields["tokenizer.chat_template"]
     assert bytes(field.parts[field.data[0]]).decode() == tok.chat_template
 
@@ -22,7 +27,9 @@ def test_conversion_keeps_weights_and_template(tok):
 def test_chat_answers_in_batches_as_alone(tiny_model):
     model, tok = tiny_model
     asked = ["one", "a much longer question about tides and locks", "three"]
-    assert models.chat(model, tok, asked, max_new_tokens=6) == [models.chat(model, tok, [q], max_new_tokens=6)[0] for q in asked]
+    assert models.chat(model, tok, asked, max_new_tokens=6) == [
+        models.chat(model, tok, [q], max_new_tokens=6)[0] for q in asked
+    ]
 
 
 def test_tiny_is_deterministic(tok):
@@ -32,75 +39,110 @@ def test_tiny_is_deterministic(tok):
 
 def test_template_that_drops_a_turn_is_refused(tok):
     from copy import deepcopy
+
     broken = deepcopy(tok)
     broken.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(InputError, match="drops"): models.check_template(broken)
+    with pytest.raises(InputError, match="drops"):
+        models.check_template(broken)
     broken.chat_template = None
-    with pytest.raises(InputError, match="no chat template"): models.check_template(broken)
+    with pytest.raises(InputError, match="no chat template"):
+        models.check_template(broken)
 
 
 def test_only_safetensors(tiny_folder, tmp_path):
     import shutil
+
     from safetensors.torch import load_file
+
     folder = tmp_path / "pickled"
     shutil.copytree(tiny_folder, folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError): models.load(str(folder))
+    with pytest.raises(InputError):
+        models.load(str(folder))
 
 
-OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory"),
-                 RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12 (Cannot allocate memory)"),
-                 RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")]
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
 
 
 @pytest.mark.parametrize("e", OUT_OF_MEMORY, ids=lambda e: type(e).__name__)
 def test_running_out_of_memory_is_told_from_other_errors(e):
-    assert models.out_of_memory(e)
+    assert out_of_memory(e)
     with pytest.raises(InputError, match="memory ran out while training.*method: lora"):
-        with models.memory_advice("training"): raise e
+        with memory_advice("training"):
+            raise e
 
 
 def test_a_real_allocation_that_fails_is_running_out_of_memory():
     with pytest.raises(InputError, match="memory ran out"):
-        with models.memory_advice("training"): torch.empty(2 ** 60)
+        with memory_advice("training"):
+            torch.empty(2**60)
 
 
-@pytest.mark.parametrize("e", [ValueError("no"), OSError(errno.ENOENT, "No such file"), InputError("memory ran out while training"), RuntimeError("shape mismatch")])
+@pytest.mark.parametrize(
+    "e",
+    [
+        ValueError("no"),
+        OSError(errno.ENOENT, "No such file"),
+        InputError("memory ran out while training"),
+        RuntimeError("shape mismatch"),
+    ],
+)
 def test_other_errors_pass_the_advice(e):
-    assert not models.out_of_memory(e)
+    assert not out_of_memory(e)
     with pytest.raises(type(e)) as caught:
-        with models.memory_advice("training"): raise e
+        with memory_advice("training"):
+            raise e
     assert caught.value is e
 
 
 @pytest.mark.parametrize("e", OUT_OF_MEMORY, ids=lambda e: type(e).__name__)
 def test_memory_that_runs_out_while_loading_gives_advice(tiny_folder, monkeypatch, e):
-    def fails(*a, **kw): raise e
+    def fails(*a, **kw):
+        raise e
+
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fails)
-    with pytest.raises(InputError, match="memory ran out while loading"): models.load(str(tiny_folder))
+    with pytest.raises(InputError, match="memory ran out while loading"):
+        models.load(str(tiny_folder))
     monkeypatch.undo()
     monkeypatch.setattr("transformers.LlamaForCausalLM.to", fails)
-    with pytest.raises(InputError, match="memory ran out while loading"): models.load(str(tiny_folder))
+    with pytest.raises(InputError, match="memory ran out while loading"):
+        models.load(str(tiny_folder))
 
 
 def test_a_missing_bitsandbytes_comes_with_the_command(tiny_folder, monkeypatch):
     import importlib.util
+
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else found(name, *a))
-    with pytest.raises(InputError, match=r"bitsandbytes: pip install"): models.load(str(tiny_folder), quantize="nf4")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else found(name, *a)
+    )
+    with pytest.raises(InputError, match=r"bitsandbytes: pip install"):
+        models.load(str(tiny_folder), quantize="nf4")
 
 
 def spoiled(tiny_folder, tmp_path, *without):
     import shutil
+
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
-    for name in without: (folder / name).unlink()
+    for name in without:
+        (folder / name).unlink()
     return folder
 
 
 def said(folder):
-    with pytest.raises(InputError) as e: models.load(str(folder))
+    with pytest.raises(InputError) as e:
+        models.load(str(folder))
     return str(e.value)
 
 
@@ -118,8 +160,16 @@ def test_pickled_weights_are_named(tiny_folder, tmp_path):
 
 def test_a_missing_shard_is_named(tiny_folder, tmp_path):
     import json
+
     folder = spoiled(tiny_folder, tmp_path, "model.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(
+            {
+                "metadata": {},
+                "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
+            }
+        )
+    )
     text = said(folder)
     assert "model-00001-of-00002.safetensors is missing" in text and "2 of 2" in text and "config.json" not in text
 
@@ -157,17 +207,32 @@ def test_a_file_is_no_model(tmp_path):
     assert "is a file" in said(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("offline, text, want", [
-    ("1", "We couldn't connect to 'https://huggingface.co' to load the files", "HF_HUB_OFFLINE"),
-    ("0", "We couldn't connect to 'https://huggingface.co' to load the files", "Check the network"),
-    ("0", "You are trying to access a gated repo.\nMake sure to have access to it", "gated.*log in"),
-    ("0", "a/b is not a local folder and is not a valid model identifier listed on 'https://huggingface.co/models'", "no model of this name"),
-    ("0", "a/b does not appear to have a file named model.safetensors or pytorch_model.bin", "no safetensors files")])
+@pytest.mark.parametrize(
+    "offline, text, want",
+    [
+        ("1", "We couldn't connect to 'https://huggingface.co' to load the files", "HF_HUB_OFFLINE"),
+        ("0", "We couldn't connect to 'https://huggingface.co' to load the files", "Check the network"),
+        ("0", "You are trying to access a gated repo.\nMake sure to have access to it", "gated.*log in"),
+        (
+            "0",
+            "a/b is not a local folder and is not a valid model identifier listed on 'https://huggingface.co/models'",
+            "no model of this name",
+        ),
+        (
+            "0",
+            "a/b does not appear to have a file named model.safetensors or pytorch_model.bin",
+            "no safetensors files",
+        ),
+    ],
+)
 def test_what_the_hub_says_is_told_apart(monkeypatch, offline, text, want):
-    def fails(*a, **kw): raise OSError(text)
+    def fails(*a, **kw):
+        raise OSError(text)
+
     monkeypatch.setenv("HF_HUB_OFFLINE", offline)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fails)
-    with pytest.raises(InputError, match=want) as e: models.load("a/b")
+    with pytest.raises(InputError, match=want) as e:
+        models.load("a/b")
     assert "config.json" not in str(e.value)
 
 
@@ -175,14 +240,18 @@ def test_what_the_hub_says_is_told_apart(monkeypatch, offline, text, want):
 def adapter(tiny_folder, tmp_path):
     "A run's folder with a base model and an adapter of it, which holds no tokenizer."
     from peft import LoraConfig, get_peft_model
+
     base = spoiled(tiny_folder, tmp_path / "run")
-    tuned = get_peft_model(models.load(str(base))[0], LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    tuned = get_peft_model(
+        models.load(str(base))[0], LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
     tuned.save_pretrained(tmp_path / "run" / "adapter")
     return tmp_path / "run" / "adapter"
 
 
 def renamed(adapter, base):
     import json
+
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
 
@@ -217,32 +286,48 @@ def test_an_adapter_without_weights_is_told_so(adapter):
     assert str(adapter) in text and "adapter_model.safetensors" in text and " config.json" not in text
 
 
-@pytest.mark.parametrize("device, native, want", [("cuda", True, torch.bfloat16), ("cuda", False, torch.float32), ("cuda:1", False, torch.float32), ("mps", None, torch.float32)])
+@pytest.mark.parametrize(
+    "device, native, want",
+    [
+        ("cuda", True, torch.bfloat16),
+        ("cuda", False, torch.float32),
+        ("cuda:1", False, torch.float32),
+        ("mps", None, torch.float32),
+    ],
+)
 def test_bfloat16_only_where_a_gpu_computes_in_it(monkeypatch, device, native, want):
     "A T4 says that it supports bfloat16, but only by emulation."
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
-    assert models.half_dtype(device) == want
+    assert half_dtype(device) == want
 
 
 def test_a_build_without_mkldnn_computes_in_float32(monkeypatch):
     class NoOps:
-        def __getattr__(self, name): raise AttributeError(f"'_OpNamespace' 'mkldnn' object has no attribute '{name}'")
+        def __getattr__(self, name):
+            raise AttributeError(f"'_OpNamespace' 'mkldnn' object has no attribute '{name}'")
+
     monkeypatch.setattr(torch.ops, "mkldnn", NoOps(), raising=False)
-    assert models.half_dtype("cpu") == torch.float32
+    assert half_dtype("cpu") == torch.float32
+
     class Fails:
-        def _is_mkldnn_bf16_supported(self): raise RuntimeError("mkldnn is not compiled in")
+        def _is_mkldnn_bf16_supported(self):
+            raise RuntimeError("mkldnn is not compiled in")
+
     monkeypatch.setattr(torch.ops, "mkldnn", Fails(), raising=False)
-    assert models.half_dtype("cpu") == torch.float32
+    assert half_dtype("cpu") == torch.float32
 
 
 @pytest.mark.parametrize("cuda, mps, want", [(True, False, "cuda"), (False, True, "cpu"), (False, False, "cpu")])
 def test_apples_gpu_is_used_only_if_asked_for(monkeypatch, cuda, mps, want):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert models.default_device() == want
+    assert default_device() == want
 
 
-@pytest.mark.parametrize("device, native, want", [("cuda", True, torch.bfloat16), ("cuda", False, torch.float32), ("mps", False, torch.float32)])
+@pytest.mark.parametrize(
+    "device, native, want",
+    [("cuda", True, torch.bfloat16), ("cuda", False, torch.float32), ("mps", False, torch.float32)],
+)
 def test_weights_are_loaded_in_the_devices_format(tiny_folder, monkeypatch, device, native, want):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
     monkeypatch.setattr("transformers.LlamaForCausalLM.to", lambda self, device: self)

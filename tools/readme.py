@@ -1,4 +1,5 @@
 """Write README.md and its pictures from nbs/index.ipynb (`--check`: only say whether they are current, by the exit status)."""
+
 import sys
 from base64 import b64decode
 from pathlib import Path
@@ -25,7 +26,9 @@ def readme():
                 output["data"] = {"text/markdown": f"![{alt}]({name})"}
             elif "text/markdown" in data:
                 data.pop("text/plain", None)
-    text, _ = MarkdownExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
+    text, _ = MarkdownExporter(
+        exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True
+    ).from_notebook_node(nb)
     lines = [line.rstrip() for line in text.strip().splitlines()]
     kept = [line for i, line in enumerate(lines) if line or (i and lines[i - 1])]
     return "\n".join(kept) + "\n", pictures

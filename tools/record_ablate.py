@@ -6,33 +6,56 @@
 The runs are kept in runs/ablate/NAME, so that calling it again goes on. With --data, the recipe's paths are in that folder and NAME is the recipe's.
 With --again nothing is trained: the verdicts of recorded files are computed again from their runs, by the rules of today.
 """
-import argparse, re, tempfile, time
+
+import argparse
+import re
+import tempfile
+import time
 from pathlib import Path
 
+from domain_llm.core import read_json, write_json
+from domain_llm.judge.ablate import verdict
+from domain_llm.results import results_dir
+from domain_llm.run.experiments import ablation, told
+
 ROOT = Path(__file__).resolve().parent.parent
-STATED = "text", "metric", "arm", "base", "more", "margin", "matters", "control" # what a claim says before the experiment
+STATED = (
+    "text",
+    "metric",
+    "arm",
+    "base",
+    "more",
+    "margin",
+    "matters",
+    "control",
+)  # what a claim says before the experiment
 FACT = re.compile(r"F(\d{5})")
-FACTS_OF_A_MACHINE = 4 # of the demo, whose facts are numbered machine by machine
+FACTS_OF_A_MACHINE = 4  # of the demo, whose facts are numbered machine by machine
 
 
 def by_machine(metrics):
     "The metrics of a run, questions on facts of the demo being grouped by machine: a machine's documents state its four facts together."
+
     def machine(group):
         number = FACT.fullmatch(str(group))
         return f"machine {int(number[1]) // FACTS_OF_A_MACHINE}" if number else group
-    return {name: dict(m, groups=[machine(g) for g in m["groups"]]) if m.get("groups") else m for name, m in metrics.items()}
+
+    return {
+        name: dict(m, groups=[machine(g) for g in m["groups"]]) if m.get("groups") else m for name, m in metrics.items()
+    }
 
 
 def again(path):
     "Compute the verdicts of a recorded experiment again and write them into its file, with the day."
-    from domain_llm import ablate
-    from domain_llm.core import read_json, write_json
     result = read_json(path)
     result["before"] = by_machine(result["before"])
     result["runs"] = {arm: {seed: by_machine(m) for seed, m in seeds.items()} for arm, seeds in result["runs"].items()}
     stated = [{k: c[k] for k in STATED if k in c} for c in result["claims"]]
-    result["claims"] = ablate.verdict(result["runs"], stated)
-    result["recomputed"] = dict(date=time.strftime("%Y-%m-%d"), what="claims, from the recorded runs; questions on the demo's facts grouped by machine")
+    result["claims"] = verdict(result["runs"], stated)
+    result["recomputed"] = dict(
+        date=time.strftime("%Y-%m-%d"),
+        what="claims, from the recorded runs; questions on the demo's facts grouped by machine",
+    )
     write_json(path, result)
     return result
 
@@ -40,6 +63,7 @@ def again(path):
 def in_folder(path, folder):
     "A copy of the recipe whose data lie in `folder`."
     import yaml
+
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     recipe["data"] = {k: [str(Path(folder).resolve() / p) for p in paths] for k, paths in recipe["data"].items()}
     copy = Path(tempfile.mkdtemp()) / "recipe.yaml"
@@ -50,24 +74,37 @@ def in_folder(path, folder):
 def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a.add_argument("experiment", nargs="?", help="name of the experiment to run")
-    a.add_argument("--again", nargs="+", type=Path, metavar="FILE", help="recorded experiments whose verdicts are computed again, without training")
+    a.add_argument(
+        "--again",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="recorded experiments whose verdicts are computed again, without training",
+    )
     a.add_argument("--seeds", type=int, default=3)
     a.add_argument("--tokens", type=int)
     a.add_argument("--recipe", type=Path, default=ROOT / "nbs" / "recipes" / "ablate.yaml")
     a.add_argument("--data", help="folder that the paths of the recipe's data are relative to")
     a = a.parse_args()
     if a.again:
-        for path in a.again: print(path, *[f"{c['verdict']}: {c['text']}" for c in again(path)["claims"]], sep="\n  ")
+        for path in a.again:
+            print(path, *[f"{c['verdict']}: {c['text']}" for c in again(path)["claims"]], sep="\n  ")
         return
-    if not a.experiment: raise SystemExit("name an experiment, or recorded files with --again.")
-    from domain_llm.core import results_dir, write_json
-    from domain_llm.experiments import ablation, told
+    if not a.experiment:
+        raise SystemExit("name an experiment, or recorded files with --again.")
     name = a.recipe.stem if a.data else a.experiment
-    result = ablation(a.experiment, in_folder(a.recipe, a.data) if a.data else a.recipe, seeds=a.seeds, tokens=a.tokens, output=ROOT / "runs" / "ablate" / name)
+    result = ablation(
+        a.experiment,
+        in_folder(a.recipe, a.data) if a.data else a.recipe,
+        seeds=a.seeds,
+        tokens=a.tokens,
+        output=ROOT / "runs" / "ablate" / name,
+    )
     print(told(result))
     path = results_dir() / f"ablate_{name}.json"
     write_json(path, {k: v for k, v in result.items() if k != "folder"})
     print(path)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

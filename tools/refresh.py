@@ -4,7 +4,11 @@
 
 A skipped cell keeps the outputs it has. An error stops the run and the notebook stays as it was.
 """
-import os, re, sys, time
+
+import os
+import re
+import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -16,15 +20,19 @@ SKIP = re.compile(r"^#\|\s*(slow|cuda|eval:\s*false)\b", re.M)
 
 class SkippingClient(NotebookClient):
     "A notebook client that passes over the cells that need long time or a GPU."
+
     async def async_execute_cell(self, cell, cell_index, **kw):
-        if cell.cell_type == "code" and SKIP.search(cell.source): return cell
+        if cell.cell_type == "code" and SKIP.search(cell.source):
+            return cell
         return await super().async_execute_cell(cell, cell_index, **kw)
 
 
 def refresh(path):
     "Execute the notebook at `path` and write it back clean."
     nb = nbformat.read(path, 4)
-    SkippingClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}).execute()
+    SkippingClient(
+        nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}
+    ).execute()
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     clean_nb(nb)
     for cell in nb.cells:
