@@ -70,6 +70,10 @@ def insert_tables(con, tables):
         con.executemany(f"INSERT INTO {name} VALUES ({','.join('?' * len(rows[0]))})", rows)
     con.commit()
 
+# %% ../../nbs/92_demo.database.ipynb #f85fd65c
+def _plain(v):
+    return int(v.split()[0]) if v[0].isdigit() else v
+
 # %% ../../nbs/92_demo.database.ipynb #855a66d7
 def _slots(t, machines, tables, rng):
     "Values for the slots of a question: those of a machine drawn at random, of its site, its people and its parts."
@@ -116,7 +120,3 @@ def make_sql(t, machines, tables, rng, per_shape=24):
             out.append(dict(question=q, sql=sql, split=split[sql], shape=s["shape"]))
     con.close()
     return out
-
-# %% ../../nbs/92_demo.database.ipynb #f85fd65c
-def _plain(v):
-    return int(v.split()[0]) if v[0].isdigit() else v
