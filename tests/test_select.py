@@ -11,9 +11,9 @@ from scipy.stats import spearmanr
 
 from domain_llm.core import InputError
 from domain_llm.data.dedup import shingles
-from domain_llm.data.density import PRIORS, _found, _top_gram, density, explain, quality, tokens_of
+from domain_llm.data.density import PRIORS, _found, _top_gram, density, explain, quality
 from domain_llm.data.read import KINDS
-from domain_llm.data.select import SCORES, dsir, embed, ranks, select, semantic, to_budget
+from domain_llm.data.select import SCORES, dsir, embed, ranks, select, semantic, to_budget, tokens_of
 from domain_llm.demo.general import python_docs
 from domain_llm.demo.world import make_world
 
