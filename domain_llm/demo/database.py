@@ -27,7 +27,7 @@ def _staff(t, places, rng):
             out.append((len(out) + 1, name, role, site))
     return out
 
-
+# %% ../../nbs/92_demo.database.ipynb #f85fd65c
 def _inspections(t, site, staff, rng):
     "Four inspections of a machine at a site, by date: person, day, result, hours."
     roles = len(t["attributes"]["signoff"]["values"])
@@ -46,7 +46,7 @@ def _parts(t, rng):
         out.append((name, supplier, rng.randrange(1, 40), rng.randrange(40, 900) / 2))
     return out
 
-# %% ../../nbs/92_demo.database.ipynb #f85fd65c
+# %% ../../nbs/92_demo.database.ipynb #26fb70d9
 def _machines(machines, kinds, places, rng):
     "Rows of the table of machines: number, name, type, site, year."
     out = []
@@ -55,7 +55,7 @@ def _machines(machines, kinds, places, rng):
         out.append((i, m["e"], kind, site, rng.randrange(1988, 2024)))
     return out
 
-
+# %% ../../nbs/92_demo.database.ipynb #561c49fb
 def make_tables(t, machines, rng):
     "Schema and rows of the eight tables."
     places, kinds = list(dict.fromkeys(m["p"] for m in machines)), list(dict.fromkeys(m["t"] for m in machines))
@@ -131,7 +131,7 @@ def _rows_of_shape(shape, t, machines, tables, con, rng, most):
         out.append(dict(question=question, sql=sql, split=split[sql], shape=shape["shape"]))
     return out
 
-
+# %% ../../nbs/92_demo.database.ipynb #c2f323ae
 def make_sql(t, machines, tables, rng, per_shape=24):
     "SQL rows whose query was executed and returned something; rows with the same query are in the same split."
     con, out = sqlite3.connect(":memory:"), []

@@ -119,7 +119,7 @@ def _leaks(t, machines, mcq, n, rng):
         rows.append(_row(kind, write(t, m, rng, [line]), mark=("leak", k)))
     return rows
 
-
+# %% ../../nbs/92_demo.documents.ipynb #ab69c11d
 def _outside(t, machines, standards, mcq, rng):
     "Rows of the web and the news with the planted copies of `standards` and quotes of `mcq`, shuffled and named."
     planted, items = max(8, len(machines) // 5), max(8, len(machines) // 3)

@@ -46,7 +46,7 @@ def _places(t, n, rng):
     names = [form.format(p=p) for form in t["place_form"] for p in rng.sample(t["places"], len(t["places"]))]
     return names[: min(200, max(5, n // 10))]
 
-
+# %% ../../nbs/92_demo.facts.ipynb #40a5f0aa
 def make_machines(
     t,  # the strings of `demo_strings`
     n: int,  # number of machines
@@ -69,7 +69,7 @@ def make_machines(
         out.append(dict(e=name, t=kind, n=101 + j, **where, attrs=attributes))
     return out
 
-# %% ../../nbs/92_demo.facts.ipynb #40a5f0aa
+# %% ../../nbs/92_demo.facts.ipynb #3ecc6b1d
 def deal_values(t, machines, rng):
     "Give every machine a value of all attributes; among the machines that state one, each value is equally frequent."
     for m in machines:
@@ -95,7 +95,7 @@ def make_facts(t, machines):
             rows.append(row)
     return rows
 
-
+# %% ../../nbs/92_demo.facts.ipynb #c9939be0
 def split_taught(machines, rng):
     "Set each machine's `part`: taught for half of the machines of every kind, held-out for the others."
     kinds = list(dict.fromkeys(m["t"] for m in machines))
@@ -127,7 +127,7 @@ def _questions(t, m, known, used, rng):
             out.append(row | dict(group=m["e"], fact=f["id"], part=m["part"]))
     return out
 
-
+# %% ../../nbs/92_demo.facts.ipynb #59895e11
 def make_mcq(t, machines, rng):
     "Eight question rows per fact."
     known = {a: sorted({m["values"][a] for m in machines if a in m["attrs"]}) for a in t["attributes"]}

@@ -32,7 +32,7 @@ def write_database(
     con.close()
     return path
 
-
+# %% ../../nbs/92_demo.files.ipynb #9ddb72ee
 def _html(text):
     "A web page with navigation, banner, script and footer around the lines of a web document."
     nav, cookie, title, *body, foot = [escape(line) for line in text.split("\n") if line.strip()]
@@ -70,14 +70,14 @@ def _relationship(kind, target):
         f' Target="{target}"/></Relationships>'
     )
 
-
+# %% ../../nbs/92_demo.files.ipynb #4068efa8
 def _paragraph(line):
     "A paragraph of Word; a heading for a line that starts with #."
     level = len(line) - len(line.lstrip("#"))
     style = f'<w:pPr><w:pStyle w:val="Heading{min(2, level)}"/></w:pPr>' if level else ""
     return f'<w:p>{style}<w:r><w:t xml:space="preserve">{escape(line.lstrip("# "))}</w:t></w:r></w:p>'
 
-# %% ../../nbs/92_demo.files.ipynb #4068efa8
+# %% ../../nbs/92_demo.files.ipynb #0d3225a4
 def _docx(path, text):
     "A minimal Word file: a paragraph per line, headings for lines that start with #."
     styles = _NORMAL + "".join(_HEADING.format(k=k, level=k - 1) for k in (1, 2))
@@ -93,7 +93,7 @@ def _docx(path, text):
         for name, xml in parts.items():
             z.writestr(zipfile.ZipInfo(name), '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n' + xml)
 
-
+# %% ../../nbs/92_demo.files.ipynb #c6e7f934
 def _write_documents(folder, documents):
     "One file per `source`: Word for the prose of the handbook, HTML for the web, Markdown and text as they are."
     by_source = {}
@@ -108,7 +108,7 @@ def _write_documents(folder, documents):
         content = _html(text) if source.endswith(".html") else text + "\n"
         path.write_bytes(content.encode("utf-8"))
 
-# %% ../../nbs/92_demo.files.ipynb #0d3225a4
+# %% ../../nbs/92_demo.files.ipynb #0e77afb4
 def _truth(demo):
     "Facts, the taught machines, and the planted duplicates and leaks by file name."
     source = {d["id"]: d["source"] for d in demo["documents"]}
@@ -119,7 +119,7 @@ def _truth(demo):
         leaks=[dict(file=source[leak["id"]], question=leak["question"]) for leak in demo["planted"]["leaks"]],
     )
 
-
+# %% ../../nbs/92_demo.files.ipynb #fd20eebc
 def _named(demo):
     "The files of rows by the name of their path: {name: (file, rows)}."
     named = dict(
@@ -137,7 +137,7 @@ def _named(demo):
         named[f"sql_{split}"] = (f"text2sql/{split}.jsonl", rows)
     return named
 
-
+# %% ../../nbs/92_demo.files.ipynb #96a5132b
 def write_world(
     folder,  # folder to create; it must not hold anything yet
     seed: int = 0,  # as in `make_world`
@@ -166,7 +166,7 @@ def _page(lines, i):
     frame = "<</Type/Page/Parent 2 0 R/MediaBox[0 0 595 842]/Resources<</Font<</F1 3 0 R>>>>"
     return [f"{frame}/Contents {5 + 2 * i} 0 R>>", f"<</Length {len(stream)}>>stream\n{stream}\nendstream"]
 
-
+# %% ../../nbs/92_demo.files.ipynb #888603c6
 def _pdf(path, pages):
     "A PDF by hand: `pages` is a list of lists of lines."
     kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(len(pages)))

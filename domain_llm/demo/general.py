@@ -34,7 +34,7 @@ def general_instructions():
     "Instruction rows on general subjects, answered by the demo model itself."
     return _rows("general_instructions.jsonl.gz")
 
-
+# %% ../../nbs/92_demo.general.ipynb #518882b4
 def python_docs():
     "Document rows of Python's own reference (`pydoc_data.topics`), by name; they depend on the Python version."
     from pydoc_data.topics import topics
