@@ -202,7 +202,10 @@ def test_conversations_use_many_wordings_of_their_own():
         questions, answers = zip(*a["qa"])
         assert len(set(questions)) >= 8 and len(set(answers)) >= 8
         assert all("{e}" in q and "{e}" in answer and "{v}" in answer for q, answer in a["qa"])
-        bare = lambda wording: re.sub(r"\W+", " ", wording).lower()
+
+        def bare(wording):
+            return re.sub(r"\W+", " ", wording).lower()
+
         assert not {bare(q) for q in questions} & {bare(q) for q in [*a["mcq"], a["open"][0]]}
 
 
@@ -231,10 +234,10 @@ def test_every_fact_is_stated_in_four_documents_and_four_forms(d):
     for f in d["facts"]:
         hits = [r for r in docs if f["entity"] in r["text"] and f["value"] in r["text"]]
         assert len(hits) >= 4 and {"standard", "book", "web"} <= {r["kind"] for r in hits}
-        lines = {
-            l for r in hits for l in r["text"].replace(". ", ".\n").splitlines() if f["entity"] in l and f["value"] in l
-        }
-        assert len({l.replace(f["entity"], "").replace(f["value"], "") for l in lines}) >= 4, f
+        lines = [line for r in hits for line in r["text"].replace(". ", ".\n").splitlines()]
+        stating = [line for line in lines if f["entity"] in line and f["value"] in line]
+        forms = {line.replace(f["entity"], "").replace(f["value"], "") for line in stating}
+        assert len(forms) >= 4, f
 
 
 def test_density_falls_from_standard_to_news(d):
@@ -255,14 +258,16 @@ def test_no_slot_was_left_open(d):
         + [q["question"] for q in d["mcq"] + d["sql"]]
         + [m["content"] for r in d["instructions"] for m in r["messages"]]
     )
-    assert not any(
-        "{" in t or "}" in t or "  " in t.replace("MENU  News  Shop  Reviews  Contact  Search", "") for t in texts
-    )
+    menu = "MENU  News  Shop  Reviews  Contact  Search"
+    assert not any("{" in t or "}" in t or "  " in t.replace(menu, "") for t in texts)
 
 
 def test_planted_duplicates_are_near_but_not_equal(d):
     text = {r["id"]: r["text"] for r in d["documents"]}
-    grams = lambda t: {tuple(w) for w in zip(*(t.split()[i:] for i in range(5)))}
+
+    def grams(t):
+        return {tuple(w) for w in zip(*(t.split()[i:] for i in range(5)))}
+
     for a, b in d["planted"]["duplicates"]:
         x, y = grams(text[a]), grams(text[b])
         assert text[a] not in text[b] and 0.55 < len(x & y) / len(x | y) < 1
@@ -272,12 +277,12 @@ def test_planted_duplicates_are_near_but_not_equal(d):
 def test_planted_leaks_quote_the_question(d):
     row = {r["id"]: r for r in d["documents"]}
     answered = 0
-    for l in d["planted"]["leaks"]:
-        q, r = d["mcq"][l["question"]], row[l["id"]]
+    for leak in d["planted"]["leaks"]:
+        q, r = d["mcq"][leak["question"]], row[leak["id"]]
         assert q["question"] in r["text"] and r["kind"] in ("web", "news")
         answered += q["choices"][q["answer"]] in r["text"]
     assert 0 < answered < len(d["planted"]["leaks"])
-    planted = {l["id"] for l in d["planted"]["leaks"]}
+    planted = {leak["id"] for leak in d["planted"]["leaks"]}
     assert not any(q["question"] in r["text"] for r in d["documents"] if r["id"] not in planted for q in d["mcq"])
 
 
@@ -400,8 +405,8 @@ def test_write_round_trip(folder, d):
     )
     for a, b in truth["duplicates"]:
         assert (f / a).exists() and (f / b).exists()
-    for l in truth["leaks"]:
-        assert (f / l["file"]).exists()
+    for leak in truth["leaks"]:
+        assert (f / leak["file"]).exists()
     assert {p.suffix for p in paths["docs"].rglob("*") if p.is_file()} == {".md", ".docx", ".html", ".txt"}
 
 
@@ -428,19 +433,14 @@ def test_word_files_open_in_python_docx(folder, d):
     doc = docx.Document(path)
     text = "\n".join(p.text for p in doc.paragraphs)
     want = "\n".join(r["text"] for r in d["documents"] if r["source"].endswith(path.name))
-    assert text == "\n".join(l.lstrip("# ") for l in want.splitlines() if l.strip())
+    assert text == "\n".join(line.lstrip("# ") for line in want.splitlines() if line.strip())
     assert {p.style.name.lower().rstrip(" 12") for p in doc.paragraphs} == {"heading", "normal"}
 
 
 def test_html_holds_the_page_and_its_junk(folder, d):
     bs4 = pytest.importorskip("bs4")
-    row = next(
-        r for r in d["documents"] if r["kind"] == "web" and r["id"] not in {b for _, b in d["planted"]["duplicates"]}
-    )
+    copies = {b for _, b in d["planted"]["duplicates"]}
+    row = next(r for r in d["documents"] if r["kind"] == "web" and r["id"] not in copies)
     soup = bs4.BeautifulSoup((folder[0] / row["source"]).read_text(encoding="utf-8"), "html.parser")
-    assert (
-        soup.nav
-        and soup.script
-        and soup.footer
-        and all(l in soup.get_text() for l in row["text"].splitlines() if l.strip())
-    )
+    assert soup.nav and soup.script and soup.footer
+    assert all(line in soup.get_text() for line in row["text"].splitlines() if line.strip())

@@ -111,12 +111,9 @@ def test_published_rows_are_complete():
 )
 def test_recommended_ratio(tokens, shift, general):
     r = recommend_ratio(tokens, shift)
-    assert (
-        r["parts"]["general"] == pytest.approx(general, abs=0.001)
-        and r["low"] <= r["parts"]["general"] <= r["high"]
-        and r["reasons"]
-        and r["sources"]
-    )
+    assert r["parts"]["general"] == pytest.approx(general, abs=0.001)
+    assert r["low"] <= r["parts"]["general"] <= r["high"]
+    assert r["reasons"] and r["sources"]
     assert plan_tokens({"domain": 100, "general": 1000}, r["parts"])["tokens"]["domain"] == 100
 
 
@@ -124,10 +121,9 @@ def test_more_domain_text_never_asks_for_more_replay():
     for shift in ("weak", "strong"):
         parts = [recommend_ratio(10**k, shift)["parts"]["general"] for k in range(3, 13)]
         assert parts == sorted(parts, reverse=True)
-    assert all(
-        recommend_ratio(10**k, "weak")["parts"]["general"] <= recommend_ratio(10**k, "strong")["parts"]["general"]
-        for k in range(3, 13)
-    )
+    for k in range(3, 13):
+        weak, strong = (recommend_ratio(10**k, shift)["parts"]["general"] for shift in ("weak", "strong"))
+        assert weak <= strong
 
 
 @pytest.mark.parametrize(
@@ -192,9 +188,9 @@ def test_laws_fall_with_their_share_whatever_the_pilots_say(seed):
     for t in (3000, 9000, 50_000):
         assert (np.diff(predict(learns, line, t)) <= 1e-12).all() and (np.diff(predict(rises, line, t)) <= 1e-12).all()
     for r in (0.05, 0.5, 1):
-        assert (np.diff(predict(learns, r, np.linspace(2000, 50_000, 50))) <= 1e-12).all() and (
-            np.diff(predict(rises, r, np.linspace(2000, 50_000, 50))) >= -1e-12
-        ).all()
+        sizes = np.linspace(2000, 50_000, 50)
+        assert (np.diff(predict(learns, r, sizes)) <= 1e-12).all()
+        assert (np.diff(predict(rises, r, sizes)) >= -1e-12).all()
 
 
 def test_pilots_of_one_size_speak_of_that_size_only():
@@ -247,9 +243,8 @@ def test_solved_share_equals_brute_force():
             best = min(keeps, key=lambda r: by_hand(TRUE["domain"], r, tokens))
             assert got["feasible"] and got["share"] == pytest.approx(best, abs=1e-3)
             assert got["parts"]["general"] == pytest.approx((1 - got["share"]) / got["share"], abs=0.001)
-            assert got["general"] == pytest.approx(0.86 * (1 + budget), rel=1e-6) and got["domain"] == pytest.approx(
-                by_hand(TRUE["domain"], got["share"], tokens)
-            )
+            assert got["general"] == pytest.approx(0.86 * (1 + budget), rel=1e-6)
+            assert got["domain"] == pytest.approx(by_hand(TRUE["domain"], got["share"], tokens))
 
 
 def test_nothing_to_trade_is_no_replay():
@@ -273,7 +268,8 @@ def test_budget_that_no_share_keeps():
 
 
 def test_interval_holds_the_true_share_in_most_experiments():
-    "Eight experiments with 1% noise and one seed; were 95% of the intervals right, five or fewer of eight would be in less than 1% of cases."
+    """Eight experiments with 1% noise and one seed; were 95% of the intervals right, five or fewer of eight would be
+    right in less than 1% of cases."""
     truth, hits = solve(TRUE["domain"], TRUE["general"], 0.86, 0.15, 30_000)["share"], 0
     for k in range(8):
         laws = [
@@ -351,7 +347,8 @@ def test_module_imports_nothing_heavy():
     import subprocess
     import sys
 
-    code = "import sys, domain_llm.data.mix; sys.exit(any(m in sys.modules for m in ('torch', 'scipy', 'numpy', 'transformers')))"
+    heavy = ("torch", "scipy", "numpy", "transformers")
+    code = f"import sys, domain_llm.data.mix; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -393,7 +390,11 @@ def test_control_tokens_in_a_document_stay_text(tok, name):
     tok = tok if name == "smollm2" else family(name)
     controls = {i: t.content for i, t in tok.added_tokens_decoder.items() if t.special}
     text = "The tokens " + " and ".join(controls.values()) + " end turns and texts."
-    count = lambda text: {i: tokenize([{"text": text}], tok, "a")[0]["input_ids"].count(i) for i in controls}
+
+    def count(text):
+        ids = tokenize([{"text": text}], tok, "a")[0]["input_ids"]
+        return {i: ids.count(i) for i in controls}
+
     assert count(text) == count("The tokens.")
     (row,) = tokenize([{"text": text}], tok, "a")
     assert text in tok.decode(row["input_ids"])

@@ -1,6 +1,7 @@
-"Data selection against independent truth: the published formula by hand, the demo's known facts, planted copies, English and Chinese pairs."
+"Data selection against independent truth: the formula by hand, known facts, planted copies, English and Chinese."
 
 import math
+import os
 import random
 import subprocess
 import sys
@@ -11,22 +12,25 @@ from scipy.stats import spearmanr
 
 from domain_llm.core import InputError
 from domain_llm.data.dedup import shingles
-from domain_llm.data.density import PRIORS, _found, _top_gram, density, explain, quality, tokens_of
+from domain_llm.data.density import PRIORS, _found, _top_gram, density, explain, quality
 from domain_llm.data.read import KINDS
-from domain_llm.data.select import SCORES, dsir, embed, ranks, select, semantic, to_budget
+from domain_llm.data.select import SCORES, dsir, embed, ranks, select, semantic, to_budget, tokens_of
 from domain_llm.demo.general import python_docs
 from domain_llm.demo.world import make_world
 
 CLAUSES = [
-    "4.1 The pressure of the pump shall not exceed 40 bar; the seal must be replaced every 6 months, see clause 5.2.\n| part | torque |\n| bolt | 25 Nm |",
+    "4.1 The pressure of the pump shall not exceed 40 bar; the seal must be replaced every 6 months, see clause 5.2.\n"
+    "| part | torque |\n| bolt | 25 Nm |",
     "4.1 水泵的压力不得超过40巴，密封圈必须每六个月更换一次，见第五条。\n| 部件 | 力矩 |\n| 螺栓 | 25 牛米 |",
 ]
 CHATS = [
-    "Hello! I went to see the pump with my brother yesterday. Has anyone been there? It was great fun, thanks for the tip!",
+    "Hello! I went to see the pump with my brother yesterday. Has anyone been there? "
+    "It was great fun, thanks for the tip!",
     "你好！我昨天和弟弟去看了水泵。有人去过吗？真好玩啊，谢谢大家！",
 ]
 PROSE = [
-    "A pump moves water by means of a wheel that turns inside a casing, and the pressure of the water rises with the speed of the wheel.",
+    "A pump moves water by means of a wheel that turns inside a casing, "
+    "and the pressure of the water rises with the speed of the wheel.",
     "水泵利用在泵壳里旋转的叶轮来输送水，叶轮转得越快，水的压力就越高。",
 ]
 
@@ -56,22 +60,15 @@ def test_density_ranks_clause_prose_chat(lang):
 
 
 def test_density_counts_what_is_there():
-    text = (
-        "The valve must open at 4 bar within 30 s. " + "x" * 158
-    )  # 200 bytes: two quantities are 10 per 1,000 bytes, one statement is 5
+    text = "The valve must open at 4 bar within 30 s. " + "x" * 158
     assert len(text.encode()) == 200
     parts = density(text)["parts"]
-    assert (
-        parts["quantities"] == pytest.approx(1)
-        and parts["statements"] == pytest.approx(0.5)
-        and parts["codes"] == parts["rows"] == parts["filler"] == 0
-    )
+    assert parts["quantities"] == pytest.approx(1)  # two in 200 bytes are 10 per 1,000
+    assert parts["statements"] == pytest.approx(0.5)
+    assert parts["codes"] == parts["rows"] == parts["filler"] == 0
     said = explain(text)
-    assert (
-        "2 quantities (4 bar, 30 s)" in said
-        and "1 statements (must)" in said
-        and f"{density(text)['score']:.2f}" in said
-    )
+    assert "2 quantities (4 bar, 30 s)" in said and "1 statements (must)" in said
+    assert f"{density(text)['score']:.2f}" in said
 
 
 @pytest.mark.parametrize(
@@ -110,7 +107,10 @@ def test_scores_stay_between_0_and_1_on_real_prose():
 
 
 def test_quality_rules_fall_where_they_should():
-    sound = "The keeper of the lock opens the gate in the morning and closes it with the tide.\nIn winter the gate stays shut for most of the day."
+    sound = (
+        "The keeper of the lock opens the gate in the morning and closes it with the tide.\n"
+        "In winter the gate stays shut for most of the day."
+    )
     assert quality(sound)["score"] == 1
     for broken, part in (
         (sound.replace(" ", " # "), "symbols (Gopher)"),
@@ -129,9 +129,8 @@ def test_quality_rules_fall_where_they_should():
 
 
 def test_top_gram_by_hand():
-    assert _top_gram(["ab", "c", "ab", "c", "d"], 2) == pytest.approx(
-        6 / 7
-    )  # "ab c" twice, three letters each, of seven
+    twice = ["ab", "c", "ab", "c", "d"]  # "ab c" twice, three letters each, of seven
+    assert _top_gram(twice, 2) == pytest.approx(6 / 7)
     assert _top_gram(["a", "b"], 2) == 0 and _top_gram(["a"], 2) == 0
 
 
@@ -141,10 +140,14 @@ def test_top_gram_by_hand():
 def test_dsir_is_the_published_formula():
     docs = [row("pump seal pump"), row("seal feast")]
     target = [row("pump seal")]
-    # n-grams: pump x2, seal x1, "pump seal", "seal pump" | seal, feast, "seal feast"; the target has pump, seal, "pump seal", a third each
+    # n-grams: pump x2, seal x1, "pump seal", "seal pump" | seal, feast, "seal feast"
+    # the target has pump, seal and "pump seal", a third each
     raw = {"pump": 2 / 8, "seal": 2 / 8, "pump seal": 1 / 8, "seal pump": 1 / 8, "feast": 1 / 8, "seal feast": 1 / 8}
     p = {"pump": 1 / 3, "seal": 1 / 3, "pump seal": 1 / 3}
-    term = lambda g: math.log(p.get(g, 0) + 1e-8) - math.log(raw[g] + 1e-8)
+
+    def term(gram):
+        return math.log(p.get(gram, 0) + 1e-8) - math.log(raw[gram] + 1e-8)
+
     first = 2 * term("pump") + term("seal") + term("pump seal") + term("seal pump")
     second = term("seal") + term("feast") + term("seal feast")
     assert dsir(docs, target, mean=False) == pytest.approx([first, second])
@@ -165,20 +168,17 @@ def test_dsir_in_chinese_finds_the_subject():
 
 
 def test_dsir_is_the_same_in_another_process():
-    code = "from domain_llm.data.select import dsir; print([float(x) for x in dsir([{'text': 'a b c'}, {'text': 'd 水 e'}], [{'text': 'b c'}])])"
-    out = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": str(k), "PATH": ""},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for k in (1, 2)
-    }
-    assert len(out) == 1 and eval(out.pop()) == [
-        float(x) for x in dsir([{"text": "a b c"}, {"text": "d 水 e"}], [{"text": "b c"}])
-    ]
+    code = """
+from domain_llm.data.select import dsir
+print([float(x) for x in dsir([{"text": "a b c"}, {"text": "d 水 e"}], [{"text": "b c"}])])
+"""
+    out = set()
+    for seed in (1, 2):
+        env = {"PYTHONHASHSEED": str(seed), "PATH": "", **{k: v for k, v in os.environ.items() if k == "PYTHONPATH"}}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        out.add(done.stdout)
+    here = [float(x) for x in dsir([{"text": "a b c"}, {"text": "d 水 e"}], [{"text": "b c"}])]
+    assert len(out) == 1 and eval(out.pop()) == here
 
 
 # ---- near in meaning
@@ -216,22 +216,18 @@ def test_semantic_is_the_cosine_with_the_mean_direction():
 
 def test_near_leaves_out_another_subject(world):
     docs = world[0]["documents"]
-    feast = [
-        row(
-            "The village feast began with music, and the children danced in the garden until the evening.",
-            name=f"feast-{i}",
-        )
-        for i in range(20)
-    ]
-    words = lambda texts: [[t.lower().count(w) for w in ("music", "children", "garden", "the ")] for t in texts]
+    text = "The village feast began with music, and the children danced in the garden until the evening."
+    feast = [row(text, name=f"feast-{i}") for i in range(20)]
+
+    def words(texts):
+        return [[t.lower().count(w) for w in ("music", "children", "garden", "the ")] for t in texts]
+
     kept = select(docs + feast, 10**6, by="random", near=len(docs) / len(docs + feast), embed=words)
     assert len(kept) == len(docs) and not any(r["id"].startswith("feast") for r in kept)
-    assert {r["kind"] for r in select(docs, 500, kinds=["web"], near=0.5, embed=words)} == {
-        "web"
-    }  # the target is the densest kind of all documents
-    assert [r["id"] for r in select(docs + feast, 10**6, near=1, embed=words)] == [
-        r["id"] for r in select(docs + feast, 10**6)
-    ]
+    web = select(docs, 500, kinds=["web"], near=0.5, embed=words)  # the target is the densest kind of all documents
+    assert {r["kind"] for r in web} == {"web"}
+    everything = select(docs + feast, 10**6, near=1, embed=words)
+    assert [r["id"] for r in everything] == [r["id"] for r in select(docs + feast, 10**6)]
 
 
 # ---- the budget
@@ -328,7 +324,10 @@ def test_same_seed_same_rows_within_the_budget(world, by):
 
 def test_seed_and_order_of_the_documents(world):
     docs = world[0]["documents"]
-    ids = lambda rows: [r["id"] for r in rows]
+
+    def ids(rows):
+        return [r["id"] for r in rows]
+
     assert ids(select(docs, 2500, "random", seed=1)) != ids(select(docs, 2500, "random", seed=2))
     assert ids(select(docs, 2500, "prior", seed=1)) != ids(select(docs, 2500, "prior", seed=2))  # equal scores
     assert ids(select(docs, 1000, "density", seed=1)) == ids(select(docs, 1000, "density", seed=2))  # different ones

