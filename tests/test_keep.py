@@ -15,7 +15,7 @@ from domain_llm.demo.files import write_world
 from domain_llm.run import experiments, keep, pipeline
 from domain_llm.run.inputs import ROLES
 from domain_llm.run.pipeline import NAMES, run_recipe
-from domain_llm.run.recipe import SCHEMA, check_recipe
+from domain_llm.run.recipe import Recipe, check_recipe, section_of
 from domain_llm.run.stages import REPORTS, identity, stages
 
 TINY = dict(
@@ -139,15 +139,16 @@ TABLE = {  # setting -> (another value, stages that run again)
 }
 
 
-def settings_of(schema, prefix=""):
+def settings_of(section, prefix=""):
     "The names of all settings of a recipe."
-    for k, rule in schema.items():
-        yield from settings_of(rule, f"{k}.") if isinstance(rule, dict) else [prefix + k]
+    for name, field in section.model_fields.items():
+        inner = section_of(field)
+        yield from settings_of(inner, f"{name}.") if inner else [prefix + name]
 
 
 def test_the_table_holds_every_setting():
     paths = {f"data.{role}" for role in ROLES}
-    assert set(TABLE) == set(settings_of(SCHEMA)) - paths - {"output"}
+    assert set(TABLE) == set(settings_of(Recipe)) - paths - {"output"}
 
 
 def test_each_setting_repeats_exactly_what_depends_on_it(calls, tmp_path):

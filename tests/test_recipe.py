@@ -24,9 +24,11 @@ from domain_llm.run import keep, training
 from domain_llm.run.inputs import corpus_stage, drawn_questions
 from domain_llm.run.measuring import load_to_measure
 from domain_llm.run.pipeline import final_model, run_recipe
-from domain_llm.run.recipe import VALUES, check_recipe, init_recipe, read_recipe
+from domain_llm.run.recipe import check_recipe, init_recipe, read_recipe, recipe_schema
 from domain_llm.run.report import write_report
+from domain_llm.train.loop import TRAIN_DEFAULTS
 from domain_llm.train.pretrain import interpolate
+from domain_llm.train.sft import SFT_DEFAULTS
 
 
 def small(tiny_folder, **more):
@@ -426,10 +428,48 @@ def test_documents_are_selected_within_the_budget(tiny_model):
 
 def test_settings_know_what_their_modules_know():
     "The recipe names ways to select and kinds itself, so that the command line starts at once."
-    for kind, known in (("way to select", list(SCORES)), ("kinds", list(KINDS))):
-        says, ok = VALUES[kind]
-        assert set(re.findall(r"[a-z]+", says.split(":")[-1])) - {"or"} == set(known)
-        assert all(ok([k] if kind == "kinds" else k) for k in known)
+    select = recipe_schema()["$defs"]["Select"]["properties"]
+    assert set(select["by"]["enum"]) == set(SCORES)
+    assert set(select["kinds"]["items"]["enum"]) == set(KINDS)
+    check_recipe(dict(demo=8, select=dict(kinds=list(KINDS))))
+    for way in SCORES:
+        check_recipe(dict(demo=8, select=dict(by=way)))
+
+
+def test_the_schema_file_is_that_of_the_models():
+    path = files("domain_llm") / "assets" / "recipe.schema.json"
+    stale = "stale: domain-llm schema > domain_llm/assets/recipe.schema.json"
+    assert json.loads(path.read_text()) == json.loads(json.dumps(recipe_schema())), stale
+
+
+def test_every_setting_is_described_and_has_its_trainers_default():
+    "The descriptions are what an editor shows."
+    schema = recipe_schema()
+    sections = {name: part for name, part in schema["properties"].items() if "$ref" in json.dumps(part)}
+    plain = {name: part for name, part in schema["properties"].items() if name not in sections}
+    for name, part in [("", dict(properties=plain)), *schema["$defs"].items()]:
+        for key, setting in part["properties"].items():
+            assert setting.get("description"), f"{name}.{key} has no description"
+    for name, defaults in dict(Pretrain=TRAIN_DEFAULTS, Sft=SFT_DEFAULTS).items():
+        shown = {key: setting["default"] for key, setting in schema["$defs"][name]["properties"].items()}
+        assert {key: shown[key] for key in defaults} == defaults
+
+
+def test_all_mistakes_are_named_at_once():
+    wrong = dict(demo=8, sed=1, mix=dict(epochs="0", parts=dict(domain=1, genral=1)), pretrain=dict(rank=0))
+    with pytest.raises(InputError) as e:
+        check_recipe(wrong)
+    said = str(e.value).splitlines()
+    assert "4 mistakes" in said[0] and len(said) == 5
+    for part in ("'sed' (did you mean 'seed'?)", "'mix.epochs' is '0'", "'genral'", "'pretrain.rank' is 0"):
+        assert part in str(e.value)
+
+
+def test_numbers_stay_as_they_were_written():
+    "Fingerprints of stages hold them: 1 and 1.0 are two texts."
+    cfg = check_recipe(dict(demo=8, mix=dict(epochs=1, max_epochs=2.0), pretrain=dict(learning_rate="2e-4", warmup=0)))
+    assert json.dumps([cfg["mix"]["epochs"], cfg["mix"]["max_epochs"], cfg["pretrain"]["warmup"]]) == "[1, 2.0, 0]"
+    assert cfg["pretrain"]["learning_rate"] == 2e-4 and cfg["sft"]["alpha"] == 32
 
 
 def test_exam_questions_are_taken_out_of_everything_that_is_trained_on(tmp_path):
