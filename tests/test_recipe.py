@@ -90,7 +90,8 @@ def test_run_leaves_what_it_promises(whole):
 
 
 def test_every_checkpoint_is_screened(whole):
-    "Each probe's model is kept, loads by itself and is the one that was scored; the probe of the last step is that of the stage's end."
+    """Each probe's model is kept, loads by itself and is the one that was scored; the probe of the last step is that of
+    the stage's end."""
     path, out, _, said = whole
     found, cfg = json.loads((out / "screen" / "screen.json").read_text()), read_recipe(path)
     steps = [
@@ -188,7 +189,8 @@ def tree(folder):
 
 
 def test_killed_at_random_moments_it_ends_the_same(whole, runs, tmp_path):
-    "Again and again a run is killed, each time after another while; it ends with the figures of the whole one, without leftovers, and its inputs are as they were."
+    """Again and again a run is killed, each time after another while; it ends with the figures of the whole one, without
+    leftovers, and its inputs are as they were."""
     path, out, _, _ = whole
     rng, killed, rounds = random.Random(0), 0, 0
     inputs = {
@@ -215,7 +217,7 @@ def test_killed_at_random_moments_it_ends_the_same(whole, runs, tmp_path):
     print(f"killed {killed} times in {rounds} runs")
 
 
-def test_a_run_that_goes_on_between_its_stages_ends_the_same(whole, tmp_path):
+def test_a_run_that_resumes_between_its_stages_ends_the_same(whole, tmp_path):
     "The new adapter of fine-tuning is drawn as it was in the run that did not stop."
     path, out, _, _ = whole
     shutil.copytree(out, tmp_path / "out")
@@ -229,7 +231,7 @@ def test_a_run_that_goes_on_between_its_stages_ends_the_same(whole, tmp_path):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_trained_model_is_saved_before_it_is_interpolated(tiny_folder, tmp_path, monkeypatch, method):
-    "A run that is cut in the search for the share goes on without training again, and ends as one that was not cut."
+    "A run that is cut in the search for the share resumes without training again, and ends as one that was not cut."
     import torch
 
     cfg = small(
@@ -358,7 +360,8 @@ EXAMPLES = (
 
 
 def template(uncomment):
-    "The recipe that the template is, with the settings that it only shows if asked for; the second of two lines of one name is left out."
+    """The recipe that the template is, with the settings that it only shows if asked for; the second of two lines of one
+    name is left out."""
     text = (
         (files("domain_llm") / "assets" / "template.yaml").read_text().replace("NAME", "x").replace("DOCUMENTS", "docs")
     )
@@ -473,7 +476,7 @@ def test_numbers_stay_as_they_were_written():
 
 
 def test_exam_questions_are_taken_out_of_everything_that_is_trained_on(tmp_path):
-    "Copies in documents, general text and instructions; other words in documents. What only resembles a question stays."
+    "Copies in documents, general text and instructions; other words in documents. What resembles a question stays."
     asked = "At what pressure in bar does the relief valve of the large Bramble 41 in the northern lock open?"
     questions = [
         dict(question=asked, choices=["140 bar", "90 bar"], answer=0),
@@ -487,9 +490,15 @@ def test_exam_questions_are_taken_out_of_everything_that_is_trained_on(tmp_path)
         for i in range(12)
     ]
     leaky = f"{plain[0]}\n\n{asked} It opens at 140 bar.\n\n{plain[1]}"
-    reworded = f"{plain[2]}\n\nThe large Bramble 41 in the northern lock: at what pressure does its relief valve open? At 140 bar, as everybody knows.\n\n{plain[3]}"
+    again = (
+        "The large Bramble 41 in the northern lock: at what pressure does its relief valve open? At 140 bar, they say."
+    )
+    reworded = f"{plain[2]}\n\n{again}\n\n{plain[3]}"
     docs = [dict(text=t, source="s", kind="book", id=str(i)) for i, t in enumerate([leaky, reworded, *plain[4:]])]
-    talk = lambda q: dict(messages=[dict(role="user", content=q), dict(role="assistant", content="140 bar.")], task="t")
+
+    def talk(q):
+        return dict(messages=[dict(role="user", content=q), dict(role="assistant", content="140 bar.")], task="t")
+
     rows = dict(
         documents=docs,
         general=[dict(docs[0], kind="general"), dict(docs[3], kind="general")],
