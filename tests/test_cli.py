@@ -1,4 +1,4 @@
-"""Bad input: each case a clear message on stderr, exit status 2 (or 3 for skipped files), no traceback, nothing lost."""
+"""Bad input: a clear message on stderr, exit status 2 (or 3 for skipped files), no traceback, nothing lost."""
 
 import json
 import os
@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from domain_llm import cli, models
+from domain_llm import cli, commands, models
+from domain_llm.data.mix import recommend_ratio
+from domain_llm.judge.stats import detectable
 from domain_llm.run import inputs
 from domain_llm.run.inputs import ROLES, read_inputs
 from domain_llm.run.pipeline import opened, run_recipe
+from domain_llm.run.recipe import check_recipe
 
 QUESTION = {"question": "What is 2+2?", "choices": ["3", "4"], "answer": 1}
 
@@ -238,7 +241,9 @@ def test_full_disk_at_the_start(tmp_path, capsys, monkeypatch):
 def test_full_disk_while_writing(tmp_path, capsys):
     "A real file that may not grow: the limit on file size makes the write fail as a full disk does."
     code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
         "from domain_llm import cli; sys.exit(cli.main(sys.argv[1:]))"
     )
     docs = tmp_path / "docs"
@@ -369,7 +374,7 @@ def test_running_out_of_memory_gives_advice(error, capsys, monkeypatch):
     def full(a):
         raise error
 
-    monkeypatch.setattr(cli, "_run", full)
+    monkeypatch.setattr(commands, "run", full)
     status, err = call(capsys, "run")
     assert status == 2 and "memory ran out" in err and "lora" in err
 
@@ -391,7 +396,7 @@ def test_eval_holds_one_model_at_a_time(tmp_path, capsys, tiny_folder, monkeypat
         alive.append(weakref.ref(model))
         return model, tok
 
-    monkeypatch.setattr(cli, "load", load)
+    monkeypatch.setattr(commands, "load", load)
     assert cli.main(["eval", str(tiny_folder), "--versus", str(copy), "--limit", "3"]) == 0
     assert len(alive) == 2
 
@@ -413,7 +418,7 @@ def test_a_mistyped_path_is_no_hub_set(tmp_path, capsys):
 
 
 def test_names_on_the_hub_work_for_every_role(tmp_path, monkeypatch):
-    "With the hub's answer replaced: OWNER/NAME and OWNER/NAME:SUBSET, for documents, general text, probes, instructions and questions."
+    "With the hub's answer replaced: OWNER/NAME and OWNER/NAME:SUBSET, for every role."
     import datasets
 
     asked = []
@@ -439,7 +444,7 @@ def test_names_on_the_hub_work_for_every_role(tmp_path, monkeypatch):
 
 
 def test_check_refuses_what_would_fail_hours_later(tmp_path, capsys, tiny_folder):
-    "A system turn in a template that knows none, a step below a row, a disk that is full: all of them at once, before anything is trained."
+    "A system turn in a template that knows none, a step below a row: both at once, before anything is trained."
     import shutil
 
     from transformers import AutoTokenizer
@@ -448,7 +453,9 @@ def test_check_refuses_what_would_fail_hours_later(tmp_path, capsys, tiny_folder
     shutil.copytree(tiny_folder, model)
     tok = AutoTokenizer.from_pretrained(model)
     tok.chat_template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% for m in messages %}"
+        "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     tok.save_pretrained(model)
@@ -496,3 +503,141 @@ def test_check_reads_what_the_run_then_uses(tmp_path, capsys, tiny_folder, monke
     monkeypatch.setattr(inputs, "read_documents", lambda *a, **kw: pytest.fail("read again"))
     metrics = run_recipe(tmp_path / "r.yaml")
     assert "Quantized files" not in (tmp_path / "out" / "report.html").read_text() and metrics["domain_bpb_after"]
+
+
+# Commands for what the modules know
+
+
+def said_by(capsys, *argv):
+    "Exit status and stdout of a command."
+    status = cli.main([str(a) for a in argv])
+    return status, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("said", ["3M", "3000000", "3,000,000", "3e6", "3_000k"])
+def test_mix_advises_from_a_number_of_tokens(said, capsys):
+    "The advice is that of `recommend_ratio`, and its line for the recipe is one that a recipe takes."
+    status, out = said_by(capsys, "mix", said)
+    found = recommend_ratio(3e6)
+    assert status == 0 and "about 3,000,000 tokens" in out and all(reason in out for reason in found["reasons"])
+    (line,) = [line for line in out.splitlines() if line.strip().startswith("mix: ")]
+    cfg = check_recipe({"demo": 8, **yaml.safe_load(line)})
+    assert cfg["mix"]["parts"] == found["parts"]
+    assert "ChatHome, 13B" in out and "113 questions" in out
+
+
+def test_mix_counts_a_folder_at_four_bytes_a_token(tmp_path, capsys):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("a valve " * 1000)  # 8,000 bytes with the last space
+    out = said_by(capsys, "mix", tmp_path)[1]
+    tokens = int(out.split()[1].replace(",", ""))
+    assert abs(tokens - 6000) <= 3
+
+
+def test_mix_asks_for_more_general_text_after_a_strong_shift(capsys):
+    weak, strong = (said_by(capsys, "mix", "900M", *more)[1] for more in ([], ["--strong-shift"]))
+    assert "start with 1:0.053" in weak and "start with 1:0.33" in strong and "Ibrahim et al., 2024" in weak
+
+
+@pytest.mark.parametrize("said", ["manuels", "-3", "0", "inf", "nan", "M"])
+def test_mix_refuses_what_is_no_size(said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, err = call(capsys, "mix", *(["--", said] if said.startswith("-") else [said]))
+    assert status == 2 and "neither a folder nor a number of tokens" in err and said in err
+
+
+def exam_file(tmp_path, n=200, **more):
+    rows = [dict(question=f"How fast is pump {i}?", choices=["1 rpm", "2 rpm"], answer=i % 2, **more) for i in range(n)]
+    return lines(tmp_path / "exam.jsonl", rows)
+
+
+def test_questions_says_what_an_exam_can_show(tmp_path, capsys):
+    status, out = said_by(capsys, "questions", exam_file(tmp_path))
+    assert status == 0 and "200 questions in 200 groups" in out
+    assert "guessing gets 50.0%" in out and "A 100, B 100" in out
+    assert "to 7% either way" in out  # 1.96 * sqrt(0.25 / 200) = 6.9%
+    assert f"differ by {detectable(200):.0%}" in out
+    assert "one group gives no interval" in said_by(capsys, "questions", exam_file(tmp_path, group="pumps"))[1]
+    assert "write more questions" in said_by(capsys, "questions", exam_file(tmp_path, n=5))[1]
+
+
+@pytest.mark.parametrize("case", QUESTIONS)
+def test_questions_names_what_is_wrong(case, tmp_path, capsys):
+    rows, names = QUESTIONS[case]
+    status, err = call(capsys, "questions", lines(tmp_path / "q.jsonl", rows))
+    assert status == 2 and names in err and "q.jsonl" in err
+
+
+def test_questions_writes_a_task_for_lm_eval(tmp_path, capsys):
+    exam = exam_file(tmp_path, n=4)
+    status, out = said_by(capsys, "questions", exam, "--lm-eval", tmp_path / "tasks", "--name", "pumps")
+    task = yaml.safe_load((tmp_path / "tasks" / "pumps.yaml").read_text())
+    assert status == 0 and task["task"] == "pumps" and "--tasks pumps" in out
+    rows = [json.loads(line) for line in Path(task["dataset_kwargs"]["data_files"]["test"]).read_text().splitlines()]
+    assert [r["answer"] for r in rows] == [0, 1, 0, 1]
+    for options, words in (
+        (["--lm-eval", tmp_path / "tasks"], "needs --name"),
+        (["--name", "pumps"], "--lm-eval FOLDER"),
+        (["--lm-eval", tmp_path / "tasks", "--name", "1 2"], "cannot be the name"),
+        (["--lm-eval", tmp_path / "tasks", "--name", "pumps"], "exists already"),
+    ):
+        status, err = call(capsys, "questions", exam, *options)
+        assert status == 2 and words in err
+    assert call(capsys, "questions", exam, "--lm-eval", tmp_path / "tasks", "--name", "pumps", "--force")[0] == 0
+
+
+def test_corpus_lists_the_most_similar_pairs(tmp_path, capsys):
+    "The share of a pair is the Jaccard similarity of the runs of 24 letters, here computed with plain sets."
+    words = [f"word{i}" for i in range(120)]
+    texts = {"a": words, "b": [*words[:110], *(f"other{i}" for i in range(10))], "c": [f"far{i}" for i in range(120)]}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(" ".join(text))
+    status, out = said_by(capsys, "corpus", tmp_path, "--pairs", "--near-duplicate", "0.5")
+    joined = {name: "".join(text) for name, text in texts.items()}
+    shingles = {name: {t[i : i + 24] for i in range(len(t) - 23)} for name, t in joined.items()}
+    both, either = shingles["a"] & shingles["b"], shingles["a"] | shingles["b"]
+    (line,) = [line for line in out.splitlines() if "a.txt" in line]
+    assert status == 0 and "1 pairs of 3 documents" in out and line.split()[0] == f"{len(both) / len(either):.0%}"
+    assert "b.txt" in line and "c.txt" not in out
+    assert call(capsys, "corpus", tmp_path, "--pairs", "0")[0] == 2
+
+
+def test_pairs_are_cut_at_the_number_asked_for(tmp_path, capsys):
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(GOOD)
+    out = said_by(capsys, "corpus", tmp_path, "--pairs", "2")[1]
+    assert "6 pairs of 4 documents" in out and out.count("100%") == 2 and "and 4 more" in out
+
+
+def test_schema_is_printed_for_an_editor(capsys):
+    status, out = said_by(capsys, "schema")
+    schema = json.loads(out)
+    assert status == 0 and schema == json.loads((Path(cli.__file__).parent / "assets/recipe.schema.json").read_text())
+    assert schema["properties"]["seed"]["type"] == "integer"
+
+
+def test_init_names_the_schema_for_editors(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text(GOOD)
+    assert call(capsys, "init", "docs")[0] == 0
+    first = (tmp_path / "recipe.yaml").read_text().splitlines()[0]
+    named = Path(first.partition("$schema=")[2])
+    assert first.startswith("# yaml-language-server: ") and json.loads(named.read_text())["title"] == "Recipe"
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("mix", ["4 bytes a token", "forget", "ablate mix"]),
+        ("questions", ["lm-evaluation-harness", "index"]),
+        ("corpus", ["--pairs", "shingles"]),
+        ("schema", ["default"]),
+        ("run", ["resumes from its last checkpoint"]),
+    ],
+)
+def test_help_teaches(command, words, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main([command, "--help"])
+    out = capsys.readouterr().out
+    assert e.value.code == 0 and all(word in out for word in words)

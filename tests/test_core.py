@@ -14,7 +14,11 @@ from domain_llm.results import load_result, save_result
 def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
     target = tmp_path / "a.json"
     core.write_json(target, {"n": 1})
-    code = f"from domain_llm import core; import time\nwith core.atomic_file({str(target)!r}) as f:\n  f.write('half'); f.flush(); print('go', flush=True); time.sleep(60)"
+    code = (
+        "from domain_llm import core; import time\n"
+        f"with core.atomic_file({str(target)!r}) as f:\n"
+        "  f.write('half'); f.flush(); print('go', flush=True); time.sleep(60)"
+    )
     p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     p.stdout.readline()
     p.send_signal(signal.SIGKILL)

@@ -15,7 +15,7 @@ from domain_llm.demo.files import write_world
 from domain_llm.run import experiments, keep, pipeline
 from domain_llm.run.inputs import ROLES
 from domain_llm.run.pipeline import NAMES, run_recipe
-from domain_llm.run.recipe import SCHEMA, check_recipe
+from domain_llm.run.recipe import Recipe, check_recipe, section_of
 from domain_llm.run.stages import REPORTS, identity, stages
 
 TINY = dict(
@@ -139,15 +139,16 @@ TABLE = {  # setting -> (another value, stages that run again)
 }
 
 
-def settings_of(schema, prefix=""):
+def settings_of(section, prefix=""):
     "The names of all settings of a recipe."
-    for k, rule in schema.items():
-        yield from settings_of(rule, f"{k}.") if isinstance(rule, dict) else [prefix + k]
+    for name, field in section.model_fields.items():
+        inner = section_of(field)
+        yield from settings_of(inner, f"{name}.") if inner else [prefix + name]
 
 
 def test_the_table_holds_every_setting():
     paths = {f"data.{role}" for role in ROLES}
-    assert set(TABLE) == set(settings_of(SCHEMA)) - paths - {"output"}
+    assert set(TABLE) == set(settings_of(Recipe)) - paths - {"output"}
 
 
 def test_each_setting_repeats_exactly_what_depends_on_it(calls, tmp_path):
@@ -179,7 +180,7 @@ def test_changed_files_repeat_what_reads_them(calls, tmp_path):
     docs.mkdir()
     for i in range(12):
         (docs / f"{i}.md").write_text(
-            f"# Page {i}\n\nThe pump of line {i} runs at {1000 + i} rpm and is checked after {i + 3} days by its keeper.\n"
+            f"# Page {i}\n\nThe pump of line {i} runs at {1000 + i} rpm and is checked after {i + 3} days.\n"
         )
     rows = [dict(question=f"How fast is pump {i}?", choices=["1", "2"], answer=0) for i in range(4)]
     for name in ("questions", "more"):
@@ -358,7 +359,7 @@ def test_tidy_lists_asks_and_removes_what_is_no_longer_wanted(calls, tmp_path, c
     assert cli.main(["tidy", str(tmp_path)]) == 2
 
 
-def test_a_cut_tidy_goes_on(tmp_path):
+def test_a_cut_tidy_resumes(tmp_path):
     keep.claim(tmp_path)
     for mark in ("a", "b"):
         folder, _ = keep.begin(tmp_path, "x", [mark])
@@ -417,7 +418,7 @@ def test_a_run_without_file_locks_still_runs(tmp_path, monkeypatch):
 def test_nothing_needs_symbolic_links():
     root = Path(keep.__file__).parent
     users = [p.name for p in root.glob("*.py") if "os.symlink(" in p.read_text() or "symlink_to(" in p.read_text()]
-    assert users in ([], ["quantize.py"])  # which goes on without where links are not allowed
+    assert users in ([], ["quantize.py"])  # which does without where links are not allowed
 
 
 def test_a_second_run_does_not_disturb_the_first(calls, tmp_path):

@@ -1,4 +1,7 @@
-"""What is looked for before a run starts. Truths: a real checkpoint, recorded files, peft's own count, published sizes, what autograd saves, templates of real families."""
+"""What is looked for before a run starts.
+
+Truths: a real checkpoint, recorded files, peft's own count, published sizes, what autograd saves, templates of real
+families."""
 
 import copy
 import json
@@ -20,7 +23,7 @@ from domain_llm.devices import half_dtype
 from domain_llm.judge.score import bits_per_byte
 from domain_llm.results import load_result
 from domain_llm.run import plan
-from domain_llm.run.base_model import adapter_parameters, find_model, model_fits, sizes
+from domain_llm.run.base_model import adapter_parameters, find_model, installed, model_fits, sizes
 from domain_llm.run.findings import finding, findings_text, refuse
 from domain_llm.run.plan import (
     CHECKPOINTS,
@@ -36,7 +39,7 @@ from domain_llm.run.plan import (
     memory_parts,
     this_device,
 )
-from domain_llm.run.preflight import NAMED, conversation_findings, extras_findings, installed, settings_findings, worth
+from domain_llm.run.preflight import NAMED, conversation_findings, extras_findings, settings_findings, worth
 from domain_llm.run.recipe import check_recipe, read_recipe
 from domain_llm.train.batches import documents_apart, token_losses
 from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora, half_precision, train
@@ -166,14 +169,14 @@ def test_a_recipe_that_trains_nothing_is_refused_and_breaks_no_other_check(seven
 def test_an_absent_package_of_a_later_stage_is_named_with_its_install_command(absent, where):
     cfg = recipe()
     cfg["pretrain"]["quantize"] = "nf4"
-    with patch("domain_llm.run.preflight.find_spec", lambda m: None if m == absent else True):
+    with patch("domain_llm.run.base_model.find_spec", lambda m: None if m == absent else True):
         found = extras_findings(cfg)
     (error,) = said(found, "error")
-    assert absent.split(".")[-1].replace("_", "-") in error and f'pip install "domain_llm[{where}]"' in error
+    assert absent.split(".")[-1].replace("_", "-") in error and f'pip install -e ".[{where}]"' in error
 
 
 def test_packages_of_a_stage_that_is_switched_off_are_not_asked_for():
-    with patch("domain_llm.run.preflight.find_spec", lambda m: None):
+    with patch("domain_llm.run.base_model.find_spec", lambda m: None):
         assert extras_findings({**recipe(), "model": "some/model", "quantize": None}) == []
 
 
@@ -471,7 +474,8 @@ def test_a_disk_that_is_too_small_is_an_error_and_a_large_one_a_note(seven):
 
 
 def test_both_stages_and_the_kept_models_add_up(seven):
-    "By hand, in units of 7.6 billion parameters: pretrain and sft keep 2 models of 2 bytes each, two final ones of 2 bytes stay, checkpoints are 14 bytes."
+    """By hand, in bytes a parameter: pretrain and sft keep 2 models of 2 bytes each, two final ones of 2 bytes stay,
+    checkpoints are 14 bytes."""
     cfg = recipe(pretrain=dict(probes=2), sft=dict(method="full", probes=2), evaluate=dict(screen=True))
     per = {k: v / seven["parameters"] for k, v in disk_parts(cfg, seven).items() if v and k != "the rest"}
     assert per == {"weights in checkpoints": 6, "optimizer in checkpoints": 36, "kept models": 8, "final models": 2}

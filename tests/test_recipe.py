@@ -24,9 +24,11 @@ from domain_llm.run import keep, training
 from domain_llm.run.inputs import corpus_stage, drawn_questions
 from domain_llm.run.measuring import load_to_measure
 from domain_llm.run.pipeline import final_model, run_recipe
-from domain_llm.run.recipe import VALUES, check_recipe, init_recipe, read_recipe
+from domain_llm.run.recipe import check_recipe, init_recipe, read_recipe, recipe_schema
 from domain_llm.run.report import write_report
+from domain_llm.train.loop import TRAIN_DEFAULTS
 from domain_llm.train.pretrain import interpolate
+from domain_llm.train.sft import SFT_DEFAULTS
 
 
 def small(tiny_folder, **more):
@@ -88,7 +90,8 @@ def test_run_leaves_what_it_promises(whole):
 
 
 def test_every_checkpoint_is_screened(whole):
-    "Each probe's model is kept, loads by itself and is the one that was scored; the probe of the last step is that of the stage's end."
+    """Each probe's model is kept, loads by itself and is the one that was scored; the probe of the last step is that of
+    the stage's end."""
     path, out, _, said = whole
     found, cfg = json.loads((out / "screen" / "screen.json").read_text()), read_recipe(path)
     steps = [
@@ -186,7 +189,8 @@ def tree(folder):
 
 
 def test_killed_at_random_moments_it_ends_the_same(whole, runs, tmp_path):
-    "Again and again a run is killed, each time after another while; it ends with the figures of the whole one, without leftovers, and its inputs are as they were."
+    """Again and again a run is killed, each time after another while; it ends with the figures of the whole one, without
+    leftovers, and its inputs are as they were."""
     path, out, _, _ = whole
     rng, killed, rounds = random.Random(0), 0, 0
     inputs = {
@@ -213,7 +217,7 @@ def test_killed_at_random_moments_it_ends_the_same(whole, runs, tmp_path):
     print(f"killed {killed} times in {rounds} runs")
 
 
-def test_a_run_that_goes_on_between_its_stages_ends_the_same(whole, tmp_path):
+def test_a_run_that_resumes_between_its_stages_ends_the_same(whole, tmp_path):
     "The new adapter of fine-tuning is drawn as it was in the run that did not stop."
     path, out, _, _ = whole
     shutil.copytree(out, tmp_path / "out")
@@ -227,7 +231,7 @@ def test_a_run_that_goes_on_between_its_stages_ends_the_same(whole, tmp_path):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_trained_model_is_saved_before_it_is_interpolated(tiny_folder, tmp_path, monkeypatch, method):
-    "A run that is cut in the search for the share goes on without training again, and ends as one that was not cut."
+    "A run that is cut in the search for the share resumes without training again, and ends as one that was not cut."
     import torch
 
     cfg = small(
@@ -356,7 +360,8 @@ EXAMPLES = (
 
 
 def template(uncomment):
-    "The recipe that the template is, with the settings that it only shows if asked for; the second of two lines of one name is left out."
+    """The recipe that the template is, with the settings that it only shows if asked for; the second of two lines of one
+    name is left out."""
     text = (
         (files("domain_llm") / "assets" / "template.yaml").read_text().replace("NAME", "x").replace("DOCUMENTS", "docs")
     )
@@ -426,14 +431,52 @@ def test_documents_are_selected_within_the_budget(tiny_model):
 
 def test_settings_know_what_their_modules_know():
     "The recipe names ways to select and kinds itself, so that the command line starts at once."
-    for kind, known in (("way to select", list(SCORES)), ("kinds", list(KINDS))):
-        says, ok = VALUES[kind]
-        assert set(re.findall(r"[a-z]+", says.split(":")[-1])) - {"or"} == set(known)
-        assert all(ok([k] if kind == "kinds" else k) for k in known)
+    select = recipe_schema()["$defs"]["Select"]["properties"]
+    assert set(select["by"]["enum"]) == set(SCORES)
+    assert set(select["kinds"]["items"]["enum"]) == set(KINDS)
+    check_recipe(dict(demo=8, select=dict(kinds=list(KINDS))))
+    for way in SCORES:
+        check_recipe(dict(demo=8, select=dict(by=way)))
+
+
+def test_the_schema_file_is_that_of_the_models():
+    path = files("domain_llm") / "assets" / "recipe.schema.json"
+    stale = "stale: domain-llm schema > domain_llm/assets/recipe.schema.json"
+    assert json.loads(path.read_text()) == json.loads(json.dumps(recipe_schema())), stale
+
+
+def test_every_setting_is_described_and_has_its_trainers_default():
+    "The descriptions are what an editor shows."
+    schema = recipe_schema()
+    sections = {name: part for name, part in schema["properties"].items() if "$ref" in json.dumps(part)}
+    plain = {name: part for name, part in schema["properties"].items() if name not in sections}
+    for name, part in [("", dict(properties=plain)), *schema["$defs"].items()]:
+        for key, setting in part["properties"].items():
+            assert setting.get("description"), f"{name}.{key} has no description"
+    for name, defaults in dict(Pretrain=TRAIN_DEFAULTS, Sft=SFT_DEFAULTS).items():
+        shown = {key: setting["default"] for key, setting in schema["$defs"][name]["properties"].items()}
+        assert {key: shown[key] for key in defaults} == defaults
+
+
+def test_all_mistakes_are_named_at_once():
+    wrong = dict(demo=8, sed=1, mix=dict(epochs="0", parts=dict(domain=1, genral=1)), pretrain=dict(rank=0))
+    with pytest.raises(InputError) as e:
+        check_recipe(wrong)
+    said = str(e.value).splitlines()
+    assert "4 mistakes" in said[0] and len(said) == 5
+    for part in ("'sed' (did you mean 'seed'?)", "'mix.epochs' is '0'", "'genral'", "'pretrain.rank' is 0"):
+        assert part in str(e.value)
+
+
+def test_numbers_stay_as_they_were_written():
+    "Fingerprints of stages hold them: 1 and 1.0 are two texts."
+    cfg = check_recipe(dict(demo=8, mix=dict(epochs=1, max_epochs=2.0), pretrain=dict(learning_rate="2e-4", warmup=0)))
+    assert json.dumps([cfg["mix"]["epochs"], cfg["mix"]["max_epochs"], cfg["pretrain"]["warmup"]]) == "[1, 2.0, 0]"
+    assert cfg["pretrain"]["learning_rate"] == 2e-4 and cfg["sft"]["alpha"] == 32
 
 
 def test_exam_questions_are_taken_out_of_everything_that_is_trained_on(tmp_path):
-    "Copies in documents, general text and instructions; other words in documents. What only resembles a question stays."
+    "Copies in documents, general text and instructions; other words in documents. What resembles a question stays."
     asked = "At what pressure in bar does the relief valve of the large Bramble 41 in the northern lock open?"
     questions = [
         dict(question=asked, choices=["140 bar", "90 bar"], answer=0),
@@ -447,9 +490,15 @@ def test_exam_questions_are_taken_out_of_everything_that_is_trained_on(tmp_path)
         for i in range(12)
     ]
     leaky = f"{plain[0]}\n\n{asked} It opens at 140 bar.\n\n{plain[1]}"
-    reworded = f"{plain[2]}\n\nThe large Bramble 41 in the northern lock: at what pressure does its relief valve open? At 140 bar, as everybody knows.\n\n{plain[3]}"
+    again = (
+        "The large Bramble 41 in the northern lock: at what pressure does its relief valve open? At 140 bar, they say."
+    )
+    reworded = f"{plain[2]}\n\n{again}\n\n{plain[3]}"
     docs = [dict(text=t, source="s", kind="book", id=str(i)) for i, t in enumerate([leaky, reworded, *plain[4:]])]
-    talk = lambda q: dict(messages=[dict(role="user", content=q), dict(role="assistant", content="140 bar.")], task="t")
+
+    def talk(q):
+        return dict(messages=[dict(role="user", content=q), dict(role="assistant", content="140 bar.")], task="t")
+
     rows = dict(
         documents=docs,
         general=[dict(docs[0], kind="general"), dict(docs[3], kind="general")],

@@ -1,9 +1,10 @@
-"""Run the demo with several seeds, and once each with documents alone and with instructions alone, and record the figures in nbs/results/demo.json.
+"""Record the demo in nbs/results/demo.json: several seeds, and once each documents alone and instructions alone.
 
     python tools/record_demo.py [--seeds 5] [--folder runs/record] [--kills 10]
 
-Every run is kept in the folder, so that calling it again goes on. With --kills N the first run is made once more, killed with SIGKILL at N random moments and
-started again each time; whether it ended with the same figures is recorded beside them.
+Every run is kept in the folder, so that calling it again resumes. With --kills N the first run is made once more,
+killed with SIGKILL at N random moments and started again each time; whether it ended with the same figures is recorded
+beside them.
 """
 
 import argparse
@@ -68,7 +69,8 @@ SHARES = (0, 0.25, 0.5, 0.75, 1)
 
 
 def curve(out):
-    "What each share of the training's change teaches and costs: the exam by parts and general text, on questions and texts that no choice has seen."
+    """What each share of the training's change teaches and costs: the exam by parts and general text, on questions and
+    texts that no choice has seen."""
     import torch
 
     kept = out / "curve.json"
@@ -156,7 +158,10 @@ def main():
     a.add_argument("--folder", type=Path, default=Path("runs/record"))
     a.add_argument("--kills", type=int, default=0)
     a = a.parse_args()
-    demo, start = yaml.safe_load((files("domain_llm") / "data" / "demo.yaml").read_text(encoding="utf-8")), time.time()
+    demo, start = (
+        yaml.safe_load((files("domain_llm") / "assets" / "demo.yaml").read_text(encoding="utf-8")),
+        time.time(),
+    )
     found = {}
     for name, recipe in arms(demo, a.seeds, a.folder):
         out = (a.folder / name.replace(" ", "-")).resolve()

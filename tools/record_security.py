@@ -2,7 +2,8 @@
 
     python tools/record_security.py ../shared/data [--keep FOLDER]
 
-The folder holds security/{standard,book,web} (OWASP, PDF and Markdown) and general/ (WikiText-2, C4). recipes/security.yaml says what is done with them.
+The folder holds security/{standard,book,web} (OWASP, PDF and Markdown) and general/ (WikiText-2, C4).
+nbs/recipes/security.yaml says what is done with them.
 """
 
 import argparse

@@ -21,15 +21,15 @@ _DONE = "manifest.json"
 
 
 def _not_ours(path):
-    return InputError(
-        f"{path} exists and was not made by a run, so it stays as it is. Rename it, or choose another folder for the run with 'output:' or --output."
-    )
+    "The error for something in the way of a run."
+    said = f"{path} exists and was not made by a run, so it stays as it is."
+    return InputError(f"{said} Rename it, or choose another folder for the run with 'output:' or --output.")
 
 
 def owned(
     folder,  # of a stage
 ):
-    "The fingerprint that a stage's folder was made for; None when there is no folder. Raises InputError for a folder of somebody else's."
+    "The fingerprint that a stage's folder was made for, or None. Raises InputError for a folder of somebody else's."
     if not os.path.lexists(folder):
         return None
     try:
@@ -44,9 +44,9 @@ def owned(
 def claim(
     out,  # folder of a run
 ):
-    "Make the folder of a run with its private part; gives the private folder. Raises InputError when it cannot be made or belongs to somebody else."
-    out = Path(out)
-    private = out / PRIVATE
+    """Make the folder of a run with its private part; gives the private folder. Raises InputError when it cannot be
+    made or belongs to somebody else."""
+    private = Path(out) / PRIVATE
     if os.path.lexists(private) and not private.is_dir():
         raise _not_ours(private)
     try:
@@ -90,8 +90,8 @@ def _clean(folder, done):
 
 
 def set_aside(
-    out,
-    name,  # folder of the run; stage
+    out,  # folder of the run
+    name: str,  # of a stage
 ):
     "Take the result of a stage, if there is one, out of the present run."
     mark = owned(Path(out) / name)
@@ -145,9 +145,8 @@ def content(
     files = read_json(stage / _DONE)["files"]
     mine = {name: value for name, value in files.items() if name == inside or name.startswith(inside + "/")}
     if not mine:
-        raise InputError(
-            f"{Path(out) / path} is missing from a finished stage. Remove the folder {stage} and run again."
-        )
+        said = f"{Path(out) / path} is missing from a finished stage."
+        raise InputError(f"{said} Remove the folder {stage} and run again.")
     return fingerprint(mine)
 
 # %% ../../nbs/97_run.keep.ipynb #810f6951
@@ -186,24 +185,16 @@ def publish(
 def spare(
     out,  # folder of a run
 ):
-    "The results that are not part of the present run: a list of dicts with folder, stage, fingerprint, finished, files and bytes."
+    "The results that are not part of the present run: dicts of folder, stage, fingerprint, finished, files and bytes."
     found = []
     for folder in sorted((Path(out) / PRIVATE / "replaced").glob("*")):
         mark = next((folder / name for name in (_DONE, _MARK) if (folder / name).exists()), None)
         if mark is None:
             continue  # nothing is left in it but what the run had not made
         started = read_json(mark)
-        files = [p for p in folder.rglob("*") if p.is_file()]
-        found.append(
-            dict(
-                folder=folder,
-                stage=started["stage"],
-                fingerprint=started["fingerprint"],
-                finished=(folder / _DONE).exists(),
-                files=len(files),
-                bytes=sum(p.stat().st_size for p in files),
-            )
-        )
+        sizes = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
+        what = dict(stage=started["stage"], fingerprint=started["fingerprint"], finished=(folder / _DONE).exists())
+        found.append(dict(what, folder=folder, files=len(sizes), bytes=sum(sizes)))
     return found
 
 
@@ -230,25 +221,28 @@ def alone(
     out,  # folder of a run, claimed
 ):
     "Hold the lock of the run's folder; a second run there raises InputError."
+    private = Path(out) / PRIVATE
+    try:
+        lock = open(private / "lock", "a")
+    except OSError as e:
+        said = f"cannot write into {out}: {e.strerror}."
+        raise InputError(f"{said} Choose another folder with 'output:' or --output.") from e
+    with lock:
+        _hold(lock, out)
+        shutil.rmtree(private / "new", ignore_errors=True)  # what a killed run was making
+        for left in private.glob("run.json.*.part"):
+            left.unlink()
+        yield
+
+
+def _hold(lock, out):
+    "Lock an open file for this process; the lock ends when the file is closed or the process dies."
     try:
         import fcntl
     except ImportError:
-        fcntl = None  # Windows has no such locks
+        return  # Windows has no such locks
     try:
-        lock = open(Path(out) / PRIVATE / "lock", "a")
-    except OSError as e:
-        raise InputError(
-            f"cannot write into {out}: {e.strerror}. Choose another folder with 'output:' or --output."
-        ) from e
-    with lock:
-        if fcntl:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"another run is working in {out}. Wait for it, or choose another folder with --output."
-                ) from None
-        shutil.rmtree(Path(out) / PRIVATE / "new", ignore_errors=True)  # what a killed run was making
-        for left in (Path(out) / PRIVATE).glob("run.json.*.part"):
-            left.unlink()
-        yield
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        said = f"another run is working in {out}."
+        raise InputError(f"{said} Wait for it, or choose another folder with --output.") from None
