@@ -9,7 +9,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = ["demo", "gpu", "eval", "scale", "dev"]
+extras = ["colab", "demo", "gpu", "eval", "scale", "docs", "dev"]
 
 setup(
     name=cfg["lib_name"],
@@ -28,7 +28,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["domain_llm", "domain_llm.*"]),
-    package_data={"domain_llm": ["assets/*"]},
+    package_data={"domain_llm": ["assets/*", "assets/*/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={e: cfg[f"{e}_requirements"].split() for e in extras},

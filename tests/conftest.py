@@ -1,12 +1,6 @@
 """Shared fixtures: no network, the demo model's tokenizer, a tiny random chat model in a folder."""
 
 import os
-
-from domain_llm.models import load, load_tokenizer, tiny
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import signal
 import subprocess
 import sys
@@ -14,6 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+
+from domain_llm.models import load, load_tokenizer, tiny
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's library is imported, which happens at the first use
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Runs recipes in forked children, so that a run that is started and killed a hundred times loads its libraries once.
 
-Reads lines 'RECIPE<tab>FOLDER' from standard input; for each it forks a child in a session of its own, prints the child's process id, runs the recipe there,
-and prints how it ended: 'exit CODE' or 'signal NUMBER'.
+Reads lines 'RECIPE<tab>FOLDER' from standard input; for each it forks a child in a session of its own, prints the
+child's process id, runs the recipe there, and prints how it ended: 'exit CODE' or 'signal NUMBER'.
 """
 
 import os

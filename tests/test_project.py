@@ -1,4 +1,4 @@
-"""The checkout as a whole: exports in sync, README current, notebooks clean, every notebook runs."""
+"""The checkout as a whole: what tools make is current; notebooks are clean and run; layers and style hold."""
 
 import ast
 import json
@@ -12,9 +12,15 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from colab import CELL_ID
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+CHAPTERS = [path for path in NOTEBOOKS if path.name[0] in "123456"]
+PLACES = ("nbs", "tests", "tools", "setup.py")
+LONG_FUNCTIONS = {
+    # "tools/bench_x.py: function": "why it reads better in one piece"
+}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -65,10 +71,12 @@ def test_exports_are_in_sync(tmp_path):
     assert not differing, "these differ from their notebooks: run nbdev_export"
 
 
-def test_readme_is_current():
-    assert subprocess.run([sys.executable, ROOT / "tools" / "readme.py", "--check"]).returncode == 0, (
-        "run: python tools/readme.py"
-    )
+@pytest.mark.parametrize("tool", ["readme", "colab", "build_site"])
+def test_what_a_tool_makes_is_current(tool):
+    "README.md; the Colab badge and install cell of every chapter; the links that the site would have."
+    command = [sys.executable, ROOT / "tools" / f"{tool}.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"tools/{tool}.py: {done.stdout}{done.stderr}"
 
 
 def test_help_is_fast():
@@ -101,7 +109,7 @@ def modules():
 
 
 def imports(name, text, known):
-    "The modules of the package that a module imports, at its top or inside a function, and the names that it takes from them."
+    "The modules of the package that a module imports, anywhere in it, and the names that it takes from them."
     found = {}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -177,3 +185,117 @@ def test_no_module_uses_private_names_of_another():
         for node in ast.walk(ast.parse(modules()[name].read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in brought:
                 assert not node.attr.startswith("_"), f"{name} uses {node.value.id}.{node.attr}"
+
+
+@pytest.mark.parametrize("command", ["format --check", "check"])
+def test_ruff_has_nothing_to_say(command):
+    done = subprocess.run(["ruff", *command.split(), *PLACES], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"run: make format\n{done.stdout[-4000:]}{done.stderr}"
+
+
+def scripts():
+    "The Python files of tests and tools."
+    return sorted((ROOT / "tests").glob("*.py")) + sorted((ROOT / "tools").glob("*.py")) + [ROOT / "setup.py"]
+
+
+def pieces():
+    "Everything written by hand in Python, as (place, lines): a cell of a notebook, or a file of tests or tools."
+    for path in NOTEBOOKS:
+        for i, cell in enumerate(nbformat.read(path, 4).cells):
+            if cell.cell_type == "code" and cell.get("id") != CELL_ID:
+                yield f"nbs/{path.name}, cell {i}", cell.source.splitlines()
+    for path in scripts():
+        yield str(path.relative_to(ROOT)), path.read_text().splitlines()
+
+
+def test_lines_have_at_most_120_columns():
+    long = [
+        f"{place}, line {number}: {len(line)}"
+        for place, lines in pieces()
+        for number, line in enumerate(lines, 1)
+        if len(line) > 120
+    ]
+    assert not long, f"{len(long)} lines are too long:\n" + "\n".join(long)
+
+
+def test_modules_have_fewer_than_400_lines():
+    paths = [*modules().values(), *(path for path in scripts() if path.parent.name == "tools")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths}
+    long = {name: lines for name, lines in lengths.items() if lines >= 400}
+    assert not long, long
+
+
+def test_functions_have_at_most_40_lines_or_a_reason():
+    long = {}
+    for path in [*modules().values(), *scripts()]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > 40:
+                    long[f"{path.relative_to(ROOT)}: {node.name}"] = lines
+    without_reason = {name: lines for name, lines in long.items() if name not in LONG_FUNCTIONS}
+    assert not without_reason, without_reason
+    assert not LONG_FUNCTIONS.keys() - long.keys(), "these are short by now: take them out of the table"
+
+
+def logical_lines(lines):
+    "The lines that can be a repetition, as (number, text): white space folded; no imports, comments or lone brackets."
+    found = []
+    for number, line in enumerate(lines, 1):
+        text = " ".join(line.split())
+        if re.search(r"\w", text) and not re.match(r"(from|import|#)\b|#", text):
+            found.append((number, text))
+    return found
+
+
+def repeated_blocks(
+    pieces,  # pairs of a place and its lines
+    size=6,  # lines of the shortest block that counts
+):
+    "Blocks of lines that stand twice, as 'place:line ~ place:line'; of a longer repetition its first lines only."
+    seen = {}
+    found = []
+    for place, lines in pieces:
+        written = logical_lines(lines)
+        free = 0
+        for i in range(len(written) - size + 1):
+            block = tuple(text for _, text in written[i : i + size])
+            here = (place, written[i][0])
+            first, position = seen.setdefault(block, (here, i))
+            if first == here or (first[0] == place and position + size > i):
+                continue
+            if i >= free:
+                found.append(f"{first[0]}:{first[1]} ~ {place}:{here[1]}")
+            free = i + size
+    return found
+
+
+def test_a_repeated_block_is_found():
+    block = [f"    step_{i}()" for i in range(6)]
+    other = ["", *block[:3], "", "# again", *block[3:], "}"]
+    assert repeated_blocks([("a", ["x = 1", *block]), ("b", other)]) == ["a:2 ~ b:2"]
+    assert repeated_blocks([("a", block + ["y = 1"] + block)]) == ["a:1 ~ a:8"]
+    assert not repeated_blocks([("a", block[:5]), ("b", block[:5])])
+    assert not repeated_blocks([("a", ["import os"] * 9), ("b", ["import os"] * 9), ("c", ["a = 1"] * 7)])
+
+
+def test_no_block_of_six_lines_stands_twice():
+    found = repeated_blocks(pieces())
+    assert not found, f"{len(found)} blocks stand twice:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_begins_with_title_and_subtitle(path):
+    first = nbformat.read(path, 4).cells[0]
+    assert first.cell_type == "markdown"
+    assert re.match(r"# \S.*\n\n?> \S", first.source), "the first cell begins with '# Title' and '> subtitle'"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_chapter_ends_with_summary_and_exercises(path):
+    "At least three exercises, each with a solution that unfolds."
+    text = "\n\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+    assert re.search(r"^## Summary", text, re.M), "no '## Summary'"
+    parts = re.split(r"^## Exercises", text, flags=re.M)
+    assert len(parts) == 2, "one part '## Exercises'"
+    assert parts[1].count("<details") >= 3, "fewer than three exercises with a solution in <details>"

@@ -1,6 +1,6 @@
 """Execute notebooks in place, skipping `#| slow` and `#| cuda` cells, then clean them.
 
-    python tools/refresh.py nbs/03_corpus.ipynb ...     (no argument: every notebook)
+    python tools/refresh.py nbs/21_data.dedup.ipynb ...     (no argument: every notebook)
 
 A skipped cell keeps the outputs it has. An error stops the run and the notebook stays as it was.
 """
@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import nbformat
+from colab import CELL_METADATA
 from nbclient import NotebookClient
 from nbdev.clean import clean_nb
 
@@ -34,7 +35,7 @@ def refresh(path):
         nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}
     ).execute()
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-    clean_nb(nb)
+    clean_nb(nb, allowed_cell_metadata_keys=CELL_METADATA)
     for cell in nb.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
