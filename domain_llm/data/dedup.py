@@ -44,7 +44,7 @@ def rolling_hash(
     b,  # bytes as a uint8 array
     n: int,  # bytes in a window
 ):
-    "A 64-bit hash of every window of `n` bytes, as a uint64 array, by doubling: h(2k) = h(k) + h(k) shifted by k * base^k."
+    "A 64-bit hash of every window of `n` bytes, as a uint64 array: h(2k) = h(k) + h(k) shifted by k * base^k."
     doubled = b.astype(np.uint64) + np.uint64(1)  # hashes of windows of k bytes
     out = np.zeros(len(b), np.uint64)  # hashes of windows of `done` bytes
     k, done = 1, 0
@@ -220,8 +220,9 @@ def near_duplicates(
 ):
     """Pairs (i, j, similarity) of similar documents, the most similar first, without comparing all pairs.
 
-    MinHash and locality-sensitive hashing (Broder 1997; Indyk & Motwani 1998) propose, the true Jaccard similarity of the
-    shingles decides; above 50 MB of text both work on a fixed sample of the shingles. Texts without a letter match nothing.
+    MinHash and locality-sensitive hashing (Broder 1997; Indyk & Motwani 1998) propose, the true Jaccard similarity of
+    the shingles decides; above 50 MB of text both work on a fixed sample of the shingles. Texts without a letter match
+    nothing.
     Raises InputError when the threshold is not above 0 and at most 1."""
     if not 0 < threshold <= 1:
         raise InputError(f"threshold {threshold} is not a similarity: choose one above 0 and at most 1.")
