@@ -111,7 +111,9 @@ def _numbered(texts):
     return np.split(ids, ends[:-1]), len(names)
 
 # %% ../../nbs/25_data.select.ipynb #b542572d
-def tokens_of(text):
+def tokens_of(
+    text,  # one document
+):
     "About one token per 4 UTF-8 bytes, rounded up; a tokenizer's own count is better."
     return -(-len(text.encode("utf-8", "ignore")) // 4)
 
