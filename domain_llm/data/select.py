@@ -54,7 +54,7 @@ def _pooled(model, batch):
     mask = batch.attention_mask[..., None]
     return ((out.last_hidden_state.float() * mask).sum(1) / mask.sum(1)).cpu().numpy()
 
-
+# %% ../../nbs/25_data.select.ipynb #71382307
 def embed(
     model,  # what `models.load` gives
     tok,  # its tokenizer
