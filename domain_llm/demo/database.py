@@ -56,7 +56,11 @@ def _machines(machines, kinds, places, rng):
     return out
 
 # %% ../../nbs/92_demo.database.ipynb #561c49fb
-def make_tables(t, machines, rng):
+def make_tables(
+    t,  # the strings of `demo_strings`
+    machines,  # as from `make_machines`, with their values and facts
+    rng,  # random.Random
+):
     "Schema and rows of the eight tables."
     places, kinds = list(dict.fromkeys(m["p"] for m in machines)), list(dict.fromkeys(m["t"] for m in machines))
     region = {m["p"]: m["r"] for m in machines}
@@ -79,7 +83,10 @@ def make_tables(t, machines, rng):
     return dict(schema=t["schema"], rows=rows)
 
 # %% ../../nbs/92_demo.database.ipynb #855a66d7
-def insert_tables(con, tables):
+def insert_tables(
+    con,  # an open SQLite connection
+    tables,  # as from `make_tables`
+):
     "Create the tables over an open SQLite connection and insert their rows."
     for statement in tables["schema"]:
         con.execute(statement)
@@ -132,7 +139,13 @@ def _rows_of_shape(shape, t, machines, tables, con, rng, most):
     return out
 
 # %% ../../nbs/92_demo.database.ipynb #c2f323ae
-def make_sql(t, machines, tables, rng, per_shape=24):
+def make_sql(
+    t,  # the strings of `demo_strings`
+    machines,  # as from `make_machines`, with their values and facts
+    tables,  # as from `make_tables`
+    rng,  # random.Random
+    per_shape=24,  # questions of each shape at most
+):
     "SQL rows whose query was executed and returned something; rows with the same query are in the same split."
     con, out = sqlite3.connect(":memory:"), []
     insert_tables(con, tables)

@@ -9,14 +9,19 @@ __all__ = ['say', 'make_documents']
 from collections import Counter
 
 # %% ../../nbs/92_demo.documents.ipynb #9aa76e1f
-def say(t, m, form, rng):
+def say(
+    t,  # the strings of `demo_strings`
+    m,  # one machine
+    form,  # clause, book, step or web
+    rng,  # random.Random
+):
     "One sentence of the form `clause`, `book`, `step` or `web` for each fact of a machine, in shuffled order."
     return [
         rng.choice(t["attributes"][a][form]).format(v=f["value"], **m)
         for a, f in rng.sample(m["facts"], len(m["facts"]))
     ]
 
-
+# %% ../../nbs/92_demo.documents.ipynb #8a3dbacf
 def _standard(t, m, rng):
     "A standard: scope, one numbered clause per fact, the table of values, records."
     s = t["standard"]
@@ -136,7 +141,12 @@ def _outside(t, machines, standards, mcq, rng):
     return out
 
 # %% ../../nbs/92_demo.documents.ipynb #e811ea75
-def make_documents(t, machines, mcq, rng):
+def make_documents(
+    t,  # the strings of `demo_strings`
+    machines,  # as from `make_machines`, with their values and facts
+    mcq,  # question rows of `make_mcq`, to be leaked
+    rng,  # random.Random
+):
     "All document rows with their ids, and what was planted."
     rows, count = _library(t, machines, rng), Counter()
     standards = rows[1 : 1 + len(machines)]

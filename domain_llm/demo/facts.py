@@ -17,7 +17,9 @@ from ..core import InputError
 from .documents import say
 
 # %% ../../nbs/92_demo.facts.ipynb #358cc5aa
-def read_asset(name):
+def read_asset(
+    name,  # file in domain_llm/assets
+):
     "The bytes of a file in the package's data folder, unpacked when its name ends in .gz."
     raw = files("domain_llm").joinpath("assets", name).read_bytes()
     return gzip.decompress(raw) if name.endswith(".gz") else raw
@@ -70,7 +72,11 @@ def make_machines(
     return out
 
 # %% ../../nbs/92_demo.facts.ipynb #3ecc6b1d
-def deal_values(t, machines, rng):
+def deal_values(
+    t,  # the strings of `demo_strings`
+    machines,  # as from `make_machines`; gets `values`
+    rng,  # random.Random
+):
     "Give every machine a value of all attributes; among the machines that state one, each value is equally frequent."
     for m in machines:
         m["values"] = {}
@@ -82,8 +88,11 @@ def deal_values(t, machines, rng):
             for m in rng.sample(part, len(part)):
                 m["values"][a] = next(deck)
 
-
-def make_facts(t, machines):
+# %% ../../nbs/92_demo.facts.ipynb #c9939be0
+def make_facts(
+    t,  # the strings of `demo_strings`
+    machines,  # with their values; gets `facts`
+):
     "One row per machine and stated attribute; the machine keeps its rows in `facts`."
     rows = []
     for m in machines:
@@ -95,8 +104,11 @@ def make_facts(t, machines):
             rows.append(row)
     return rows
 
-# %% ../../nbs/92_demo.facts.ipynb #c9939be0
-def split_taught(machines, rng):
+# %% ../../nbs/92_demo.facts.ipynb #26067b37
+def split_taught(
+    machines,  # as from `make_machines`; gets `part`
+    rng,  # random.Random
+):
     "Set each machine's `part`: taught for half of the machines of every kind, held-out for the others."
     kinds = list(dict.fromkeys(m["t"] for m in machines))
     rng.shuffle(kinds)
@@ -128,7 +140,11 @@ def _questions(t, m, known, used, rng):
     return out
 
 # %% ../../nbs/92_demo.facts.ipynb #59895e11
-def make_mcq(t, machines, rng):
+def make_mcq(
+    t,  # the strings of `demo_strings`
+    machines,  # as from `make_machines`, with their values and facts
+    rng,  # random.Random
+):
     "Eight question rows per fact."
     known = {a: sorted({m["values"][a] for m in machines if a in m["attrs"]}) for a in t["attributes"]}
     used = Counter()
@@ -139,7 +155,11 @@ def _list(m, item):
     return "; ".join(item.format(a=f["attribute"], v=f["value"]) for _, f in m["facts"])
 
 
-def make_open(t, machines, rng):
+def make_open(
+    t,  # the strings of `demo_strings`
+    machines,  # as from `make_machines`, with their values and facts
+    rng,  # random.Random
+):
     "Open question rows: one per fact and a summary per machine, with reference answers."
     o, out = t["open"], []
     for m in machines:
@@ -191,7 +211,11 @@ def _tasks(t, m, rng):
     ]
 
 
-def make_instructions(t, machines, rng):
+def make_instructions(
+    t,  # the strings of `demo_strings`
+    machines,  # as from `make_machines`, with their values and facts
+    rng,  # random.Random
+):
     "Instruction rows `domain_qa`, `domain_extraction` and `domain_summary` about the taught machines."
     taught = [m for m in machines if m["part"] == "taught"]
     return [row for m in taught for row in _conversations(t, m, rng) + _tasks(t, m, rng)]
