@@ -1,9 +1,11 @@
-"""Multiple choice here against lm-evaluation-harness: same questions, model and precision, alternating; writes nbs/results/bench_evaluate.json.
+"""Multiple choice here and by lm-evaluation-harness, alternating; writes nbs/results/bench_evaluate.json.
 
     python tools/bench_evaluate.py [--items 200] [--rounds 2] [--threads N] [--dry]
 
-The models are loaded outside the timed part. lm-eval is timed inside its `loglikelihood` (its data loading and reporting do not count), with the
-best of its batch sizes 1, 8 and 16 on a sample of the questions. MMLU comes from shared/data beside the checkout; without it only the demo set is measured.
+Both have the same questions, model and precision. The models are loaded outside the timed part. lm-eval is timed
+inside its `loglikelihood` (its data loading and reporting do not count), with the best of its batch sizes 1, 8 and 16
+on a sample of the questions. MMLU comes from shared/data beside the checkout; without it only the demo set is
+measured.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import os
 import random
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -29,17 +32,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def lm_eval_run(model, tok, rows, batch_size=8, **how):
-    "lm-eval's result on question rows as `export_lm_eval` writes them: dict of picks (acc), picks_norm (acc_norm), loglik, prompts, seconds, cpu_seconds."
-    import datasets
-    import numpy as np
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
-    from lm_eval import simple_evaluate
+def timed_model():
+    "lm-eval's model class, with its `loglikelihood` timed."
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    logging.disable(logging.WARNING)
-    disable_progress_bar()
 
     class Timed(HFLM):
         def loglikelihood(self, requests, disable_tqdm=True):
@@ -48,13 +43,32 @@ def lm_eval_run(model, tok, rows, batch_size=8, **how):
             self.seconds, self.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
             return out
 
+    return Timed
+
+
+@contextmanager
+def silence():
+    "No log lines and no progress bars inside the block."
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+
+    logging.disable(logging.WARNING)
+    disable_progress_bar()
     try:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            patch.object(datasets.config, "HF_DATASETS_CACHE", Path(folder) / "cache"),
-        ):
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        enable_progress_bar()
+
+
+def lm_eval_samples(lm, rows, **how):
+    "What lm-eval keeps of each question, in the order of the rows."
+    import datasets
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    with silence(), tempfile.TemporaryDirectory() as folder:
+        with patch.object(datasets.config, "HF_DATASETS_CACHE", Path(folder) / "cache"):
             export_lm_eval(rows, folder, "local_mcq", **how)
-            lm = Timed(pretrained=model, tokenizer=tok, batch_size=batch_size)
             got = simple_evaluate(
                 model=lm,
                 tasks=["local_mcq"],
@@ -63,14 +77,19 @@ def lm_eval_run(model, tok, rows, batch_size=8, **how):
                 log_samples=True,
                 verbosity="ERROR",
             )
-    finally:
-        logging.disable(logging.NOTSET)
-        enable_progress_bar()
-    samples = sorted(got["samples"]["local_mcq"], key=lambda s: s["doc_id"])
-    loglik, options = (
-        [[float(r[0][0]) for r in s["resps"]] for s in samples],
-        [ast.literal_eval(s["doc"]["options"]) for s in samples],
-    )
+    return sorted(got["samples"]["local_mcq"], key=lambda s: s["doc_id"])
+
+
+def lm_eval_run(model, tok, rows, batch_size=8, **how):
+    """lm-eval's result on question rows as `export_lm_eval` writes them: dict of picks (acc), picks_norm (acc_norm),
+    loglik, prompts, seconds, cpu_seconds."""
+    import numpy as np
+
+    with silence():
+        lm = timed_model()(pretrained=model, tokenizer=tok, batch_size=batch_size)
+    samples = lm_eval_samples(lm, rows, **how)
+    loglik = [[float(r[0][0]) for r in s["resps"]] for s in samples]
+    options = [ast.literal_eval(s["doc"]["options"]) for s in samples]
     picks = [int(np.argmax(x)) for x in loglik]
     norm = [int(np.argmax([v / len(o) for v, o in zip(x, oo)])) for x, oo in zip(loglik, options)]
     assert [p == r["answer"] for p, r in zip(picks, rows)] == [bool(s["acc"]) for s in samples]
@@ -124,7 +143,10 @@ def cell(model, tok, rows, rounds):
         got = multiple_choice(model, tok, rows)
         ours.append((time.perf_counter() - start, time.process_time() - cpu))
         print(
-            f"  lm-eval {theirs[-1]['seconds']:.1f} s (CPU {theirs[-1]['cpu_seconds']:.1f}), ours {ours[-1][0]:.1f} s (CPU {ours[-1][1]:.1f})",
+            (
+                f"  lm-eval {theirs[-1]['seconds']:.1f} s (CPU {theirs[-1]['cpu_seconds']:.1f}), ours "
+                f"{ours[-1][0]:.1f} s (CPU {ours[-1][1]:.1f})"
+            ),
             flush=True,
         )
     import numpy as np
@@ -161,7 +183,10 @@ def bench(items=200, rounds=2, dtypes=("float32", "bfloat16"), sets=("mmlu", "sh
             print(f"{name} {dtype}", flush=True)
             cells[f"{name} {dtype}"] = c = cell(model, tok, rows[name], rounds)
             print(
-                f"  ratio {c['ratio']:.2f} (CPU {c['cpu_ratio']:.2f}), equal picks {c['equal']}/{c['n']} raw, {c['equal_norm']}/{c['n']} chars",
+                (
+                    f"  ratio {c['ratio']:.2f} (CPU {c['cpu_ratio']:.2f}), equal picks {c['equal']}/{c['n']} raw, "
+                    f"{c['equal_norm']}/{c['n']} chars"
+                ),
                 flush=True,
             )
     return dict(cells=cells, items=items, rounds=rounds, threads=torch.get_num_threads())
