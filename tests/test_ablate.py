@@ -9,7 +9,7 @@ from scipy import stats
 
 from domain_llm.core import InputError
 from domain_llm.judge.ablate import compare_arms, design, needed, run_arms, sentence, verdict
-from domain_llm.judge.plots import effects, forest
+from domain_llm.judge.plots import effects, forest, trade
 from domain_llm.judge.stats import detectable, difference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -365,6 +365,19 @@ def test_the_forest_shows_every_claim_in_its_panel():
     points = [(float(c.lines[0].get_xdata()[0]), c.lines[0].get_color()) for ax in fig.axes for c in ax.containers]
     assert [x for x, _ in points] == pytest.approx([30, 5, -0.2, 0.01]) and len({colour for _, colour in points}) == 4
     assert {t.get_text() for t in fig.legends[0].get_texts()} == {c["verdict"] for c in claims}
+
+
+def test_the_trade_has_the_interval_of_each_arms_mean():
+    "One seed: the bars are the t interval of the groups' means, on both axes."
+    rng = np.random.default_rng(4)
+    lost, right = rng.normal(1, 0.1, 12), rng.random((20, 3))
+    metrics = dict(bpb=dict(values=lost.tolist()), mcq=dict(values=right.ravel().tolist(), groups=np.arange(60) // 3))
+    fig = trade({"a": {"0": metrics}, "b": {"0": metrics}}, "bpb", "mcq", "x", "y", yscale=100)
+    ends = [b.get_segments()[0] for b in fig.axes[0].containers[0].lines[2]]
+    low, high = stats.ttest_1samp(lost, 0).confidence_interval()
+    assert ends[0][:, 0] == pytest.approx([low, high])
+    low, high = stats.ttest_1samp(right.mean(1), 0).confidence_interval()
+    assert ends[1][:, 1] == pytest.approx([100 * low, 100 * high])
 
 
 def recorder():

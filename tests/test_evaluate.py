@@ -19,7 +19,7 @@ from domain_llm.judge import choice, stats
 from domain_llm.judge.choice import asked_prompts, by_part, circular, multiple_choice, permute, question_paths, rate
 from domain_llm.judge.lm_eval import export_lm_eval
 from domain_llm.judge.plots import compare_plot
-from domain_llm.judge.questions import check_questions, read_questions
+from domain_llm.judge.questions import check_questions, exam_summary, read_questions
 from domain_llm.judge.retention import retention
 from domain_llm.judge.score import _parts, _score, _takes_trees, bits_per_byte, pack_trees, tree, tree_mask
 from domain_llm.judge.screen import screen, screen_plot
@@ -747,6 +747,23 @@ def test_real_files():
         read_questions(MCQ / "mmlu/sociology_test.csv")
 
 
+def test_exam_summary_by_hand():
+    rows = [dict(question=f"{i}?", choices=list("abcd"), answer=i % 2, group=i // 4) for i in range(80)]
+    rows += [dict(GOOD, group="sums"), dict(rows[0], choices=list("dcba")), dict(GOOD, answer=2)]
+    r = exam_summary(rows)
+    assert (r["number"], r["groups"], r["options"]) == (82, 21, {2: 1, 4: 81})
+    assert r["chance"] == pytest.approx((81 / 4 + 1 / 2) / 82)
+    assert r["positions"] == pytest.approx({"A": 41 / 82, "B": 41 / 82, "C": 0, "D": 0})
+    assert r["detectable"] is None or r["detectable"] == stats.detectable(21)
+    assert len(r["faults"]) == 2 and "82 is question 1" in r["faults"][0] and "83: the answer is 2" in r["faults"][1]
+    many = [dict(GOOD, question=f"{i}?") for i in range(113)]
+    assert exam_summary(many)["detectable"] == pytest.approx(0.117, abs=5e-4)  # without groups each is its own
+    assert exam_summary([dict(q, group="one") for q in many])["detectable"] is None
+    json.dumps([r, exam_summary(many)], allow_nan=False)
+    with pytest.raises(InputError, match="no sound question"):
+        exam_summary([dict(GOOD, answer=2)])
+
+
 def test_questions_from_the_hub(monkeypatch):
     import datasets
 
@@ -1102,12 +1119,19 @@ def test_compare_plot():
     import matplotlib
 
     matplotlib.use("Agg")
-    quiz = dict(accuracy=0.5, low=0.4, high=0.6, chance=0.25)
-    fig = compare_plot(
-        {"text": dict(bpb=1.0, low=None, high=None), "quiz": quiz},
-        {"text": dict(bpb=1.2, low=1.1, high=1.3), "quiz": quiz},
-    )
+    exam = dict(quiz([True] * 50 + [False] * 50), chance=0.25)
+    better = dict(quiz([True] * 60 + [False] * 40), chance=0.25)
+    before = {"text": dict(bpb=1.0, low=None, high=None, bytes=300), "quiz": exam}
+    after = {"text": dict(bpb=1.2, low=1.1, high=1.3, bytes=300), "quiz": better}
+    fig = compare_plot(before, after)
+    change = paired(exam["correct"], better["correct"])
     left, right = fig.axes
-    assert "bits per byte" in left.get_ylabel() and right.get_ylabel() == "correct (%)" and right.get_title() == "quiz"
+    assert (
+        "bits per byte" in left.get_ylabel()
+        and right.get_ylabel() == "correct (%)"
+        and right.get_title().startswith("quiz\n+10")
+    )
+    assert f"({100 * change['low']:+.0f} to {100 * change['high']:+.0f})" in right.get_title()
+    assert "no interval" in left.get_title()
     assert any(list(line.get_ydata()) == [25, 25] for line in right.lines)
     matplotlib.pyplot.close(fig)
