@@ -189,7 +189,7 @@ def tree(folder):
 
 
 def test_killed_at_random_moments_it_ends_the_same(whole, runs, tmp_path):
-    """Again and again a run is killed, each time after another while; it ends with the figures of the whole one, without
+    """Again and again a run is killed, each time after another while; it ends with the figures of the whole one, no
     leftovers, and its inputs are as they were."""
     path, out, _, _ = whole
     rng, killed, rounds = random.Random(0), 0, 0
@@ -360,8 +360,8 @@ EXAMPLES = (
 
 
 def template(uncomment):
-    """The recipe that the template is, with the settings that it only shows if asked for; the second of two lines of one
-    name is left out."""
+    """The recipe that the template is, with the settings that it only shows if asked for; the second of two lines of
+    one name is left out."""
     text = (
         (files("domain_llm") / "assets" / "template.yaml").read_text().replace("NAME", "x").replace("DOCUMENTS", "docs")
     )
