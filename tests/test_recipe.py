@@ -24,8 +24,9 @@ from domain_llm.run import keep, training
 from domain_llm.run.inputs import corpus_stage, drawn_questions
 from domain_llm.run.measuring import load_to_measure
 from domain_llm.run.pipeline import final_model, run_recipe
-from domain_llm.run.recipe import check_recipe, init_recipe, read_recipe, recipe_schema
+from domain_llm.run.recipe import check_recipe, init_recipe, read_recipe
 from domain_llm.run.report import write_report
+from domain_llm.run.settings import recipe_schema
 from domain_llm.train.loop import TRAIN_DEFAULTS
 from domain_llm.train.pretrain import interpolate
 from domain_llm.train.sft import SFT_DEFAULTS
