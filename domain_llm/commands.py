@@ -27,7 +27,8 @@ from .judge.stats import detectable, paired
 from .models import load
 from .run import experiments, keep
 from .run.pipeline import check_run, final_model, run_recipe
-from .run.recipe import init_recipe, recipe_schema
+from .run.recipe import init_recipe
+from .run.settings import recipe_schema
 from .ship.serve import chat_in_terminal, serve
 from .train.pretrain import excerpts
 

@@ -15,7 +15,8 @@ from domain_llm.demo.files import write_world
 from domain_llm.run import experiments, keep, pipeline
 from domain_llm.run.inputs import ROLES
 from domain_llm.run.pipeline import NAMES, run_recipe
-from domain_llm.run.recipe import Recipe, check_recipe, section_of
+from domain_llm.run.recipe import check_recipe
+from domain_llm.run.settings import Recipe, section_of
 from domain_llm.run.stages import REPORTS, identity, stages
 
 TINY = dict(

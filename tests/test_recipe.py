@@ -24,8 +24,9 @@ from domain_llm.run import keep, training
 from domain_llm.run.inputs import corpus_stage, drawn_questions
 from domain_llm.run.measuring import load_to_measure
 from domain_llm.run.pipeline import final_model, run_recipe
-from domain_llm.run.recipe import check_recipe, init_recipe, read_recipe, recipe_schema
+from domain_llm.run.recipe import check_recipe, init_recipe, read_recipe
 from domain_llm.run.report import write_report
+from domain_llm.run.settings import recipe_schema
 from domain_llm.train.loop import TRAIN_DEFAULTS
 from domain_llm.train.pretrain import interpolate
 from domain_llm.train.sft import SFT_DEFAULTS
@@ -189,7 +190,7 @@ def tree(folder):
 
 
 def test_killed_at_random_moments_it_ends_the_same(whole, runs, tmp_path):
-    """Again and again a run is killed, each time after another while; it ends with the figures of the whole one, without
+    """Again and again a run is killed, each time after another while; it ends with the figures of the whole one, no
     leftovers, and its inputs are as they were."""
     path, out, _, _ = whole
     rng, killed, rounds = random.Random(0), 0, 0
@@ -360,8 +361,8 @@ EXAMPLES = (
 
 
 def template(uncomment):
-    """The recipe that the template is, with the settings that it only shows if asked for; the second of two lines of one
-    name is left out."""
+    """The recipe that the template is, with the settings that it only shows if asked for; the second of two lines of
+    one name is left out."""
     text = (
         (files("domain_llm") / "assets" / "template.yaml").read_text().replace("NAME", "x").replace("DOCUMENTS", "docs")
     )

@@ -124,7 +124,7 @@ def run_recipe(
     print(f"report: {os.path.relpath(out / 'report.html')}", flush=True)
     return metrics
 
-
+# %% ../../nbs/64_run.pipeline.ipynb #5a6cedca
 def _run_stages(cfg, out):
     "Do the stages of a recipe in order; results of stages that it does not have are set aside."
     model, plan = identity(cfg["model"]), stages(cfg)

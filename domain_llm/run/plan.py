@@ -217,7 +217,7 @@ def plot_parts(
     axes[-1].set_xlabel("GB")
     return fig
 
-
+# %% ../../nbs/63_run.plan.ipynb #a54ad5b1
 def _stack(ax, bars):
     "One panel: a bar per name, stacked by part, with its sum."
     names, ends = list(bars), [0.0] * len(bars)

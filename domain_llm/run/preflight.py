@@ -37,7 +37,7 @@ def settings_findings(
             found += _steps(stage, cfg[stage], tokens[stage])
     return found
 
-
+# %% ../../nbs/62_run.preflight.ipynb #c8b1c445
 def _step(stage, set_):
     "Findings on the size of a step, which the trainer rounds to whole rows."
     step, length = set_["tokens_per_step"], set_["length"]
@@ -133,7 +133,7 @@ def conversation_findings(
         found += _lengths(lengths, length, name)
     return found
 
-
+# %% ../../nbs/62_run.preflight.ipynb #405058ff
 def _faults(rows, faults, name):
     "One error per reason, for as many reasons as are named, and one that counts the rest."
     places = {}
@@ -219,7 +219,7 @@ def worth(
         return [note("worth", f"{said} The documents are harder for it, so there is something to learn.")]
     return [note("worth", f"{said} The intervals overlap, so {UNTOLD}.")]
 
-
+# %% ../../nbs/62_run.preflight.ipynb #577766c1
 def _resolved(r):
     "Whether a figure has an interval; that of a single document is nan, or None where it was read from a file."
     return all(r[end] is not None and not math.isnan(r[end]) for end in ("low", "high"))

@@ -129,7 +129,7 @@ def plot_change(
     left.legend(**BESIDE)
     return fig
 
-
+# %% ../../nbs/97_run.report.ipynb #bfd2d7c5
 def _panel(ax, before, after, names, key, scale):
     "One panel of `plot_change`: a pair of error bars per figure."
     rows = [name for name in names if name in after]
@@ -171,7 +171,7 @@ def _start(stages):
     "The probes of the base model, with which the first history begins."
     return next(point for history in stages.values() for point in history if "domain_bpb" in point)
 
-
+# %% ../../nbs/97_run.report.ipynb #1212a232
 def _probe_lines(ax, history, first, at):
     "The probes of one stage as change against `first`; of the points on the way back, the one that was chosen."
     probes = [point for point in history if "domain_bpb" in point]
@@ -193,8 +193,7 @@ def _loss_lines(ax, stage, history, at, line):
 def plot_interpolation(
     stages: dict,  # stage -> history with the points of `pretrain.interpolate`
 ):
-    """Learning against forgetting on the line between the model before and after training, one curve per stage whose
-    weights were interpolated; None when none were."""
+    "Learning against forgetting for each share of the change that was tried; None where no weights were moved back."
     tried = {stage: [point for point in history if "share" in point] for stage, history in stages.items()}
     tried = {stage: points for stage, points in tried.items() if len(points) > 1}
     if not tried:
@@ -211,7 +210,7 @@ def plot_interpolation(
     ax.legend(frameon=False, fontsize=8)
     return fig
 
-
+# %% ../../nbs/97_run.report.ipynb #bd4c892f
 def _way_back(ax, stage, points, first, colour):
     "The points of one stage's interpolation, in the order of their share; the last one tried was chosen."
 
@@ -232,8 +231,7 @@ def plot_price(
     runs: list,  # recorded runs, each with a `curve`: dicts of share, general (change of bits per byte) and accuracies
     budget: float,  # share by which general bits per byte may rise
 ):
-    """What each share of the training's change teaches and costs: accuracy of taught and held-out machines against the
-    change of general text, a thin line per run and the mean."""
+    "What each share of the training's change teaches and costs: a thin line per run and the mean."
     fig, (ax,) = _axes(7, 3.6)
     curves = [run["curve"] for run in runs]
     for part, colour in (("taught", GREEN), ("held-out", BLUE)):
@@ -298,7 +296,7 @@ def _changes(after):
         out |= {f"{key}_change_{end}": change.get(end) for end in ("low", "high")}
     return out
 
-
+# %% ../../nbs/97_run.report.ipynb #bae9ef3f
 def _metrics(measured, manifests, ways, budget):
     "The content of metrics.json."
     before, after = measured["before"], measured["after"]
@@ -379,7 +377,7 @@ def _filled(name, values):
     text = (files("domain_llm") / "assets" / name).read_text(encoding="utf-8")
     return Environment(autoescape=".html" in name).from_string(text).render(values)
 
-
+# %% ../../nbs/97_run.report.ipynb #d5ae4e56
 def _drawn(found):
     "The figures of a report, as inline SVG."
     figures = dict(

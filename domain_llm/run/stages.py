@@ -78,7 +78,7 @@ def _sft(after_pretrain):
         read |= dict(start="pretrain/model", history="pretrain/history.json")
     return Stage(sft_stage, (*_TRAINING, "sft"), read)
 
-
+# %% ../../nbs/61_run.stages.ipynb #4466b595
 def _screen(trained, baseline):
     kept = {name: f"{name}/kept" for name in trained}
     return Stage(
