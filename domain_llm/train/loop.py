@@ -22,7 +22,8 @@ from .batches import collate, documents_apart, labelled, pack, token_losses
 def half_precision(
     model,  # changed in place
 ):
-    "Inside the block 32-bit weights are in `half_dtype`, but for those of an adapter. Afterwards frozen weights are as before, trained ones 32-bit again."
+    """Inside the block 32-bit weights are in `half_dtype`, but for those of an adapter. Afterwards frozen weights
+    are as before, trained ones 32-bit again."""
     import torch
 
     adapters, dtype = hasattr(model, "peft_config"), half_dtype(model.device)
@@ -42,7 +43,8 @@ def half_precision(
 
 @contextmanager
 def keep_memory():
-    "Inside the block glibc keeps freed memory for the next step instead of returning it to the system; does nothing elsewhere."
+    """Inside the block glibc keeps freed memory for the next step instead of returning it to the system; does
+    nothing elsewhere."""
     import ctypes
 
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
@@ -65,7 +67,8 @@ def _optimizer_class():
     import torch
 
     class MasterAdamW(torch.optim.AdamW):
-        "AdamW whose parameters are 32-bit copies; each step takes the gradients from the weights and writes the weights back."
+        """AdamW whose parameters are 32-bit copies; each step takes the gradients from the weights and writes
+        the weights back."""
 
         def __init__(self, groups, **kw):
             self.weights = [p for g in groups for p in g["params"]]
@@ -179,7 +182,8 @@ def _trainer_class():
 
 
 def _own_checkpoints(folder):
-    "Mark a folder as one of ours. Raises InputError where it holds checkpoints of another program, which the training would remove."
+    """Mark a folder as one of ours. Raises InputError where it holds checkpoints of another program, which the
+    training would remove."""
     mark = folder / "packed.json"
     if mark.exists():
         return
@@ -211,7 +215,8 @@ def _bar(
     marks,
     probing,  # steps at which to probe and save, and whether there are probes
 ):
-    "A callback that probes and saves at the given steps, saves in between, and shows a bar with loss and probes on a terminal."
+    """A callback that probes and saves at the given steps, saves in between, and shows a bar with loss and probes
+    on a terminal."""
     from transformers import TrainerCallback
 
     class Bar(TrainerCallback):
@@ -271,7 +276,8 @@ def _one_device(args):
     if args.n_gpu < 2:
         return
     print(
-        f"note: {args.n_gpu} GPUs are visible; training uses one of them, {args.device}. Choose another with CUDA_VISIBLE_DEVICES."
+        f"note: {args.n_gpu} GPUs are visible; training uses one of them, {args.device}. Choose "
+        "another with CUDA_VISIBLE_DEVICES."
     )
     args._n_gpu = 1
 
@@ -286,7 +292,8 @@ def train(
     seed: int = 0,
     keep=None,  # folder that gets the model at every probe, as step-N; not kept when not given
 ):
-    "Train `model` in place on packed `rows`; gives `{'history': [...], 'best_step', 'tokens', 'steps', 'without_labels'}` (rows left out for having no label)."
+    """Train `model` in place on packed `rows`; gives `{'history': [...], 'best_step', 'tokens', 'steps',
+    'without_labels'}` (rows left out for having no label)."""
     import torch
     from transformers import TrainingArguments, set_seed
 

@@ -36,7 +36,8 @@ def check_messages(
 def read_conversations(
     path,  # a .jsonl or .json file, or a data set on the hub (OWNER/NAME or OWNER/NAME:SUBSET)
 ):
-    "Instruction rows `{'messages', 'task', 'where'}` from messages- or alpaca-style rows; `where` is the row's name in errors. Raises InputError."
+    """Instruction rows `{'messages', 'task', 'where'}` from messages- or alpaca-style rows; `where` is the row's
+    name in errors. Raises InputError."""
     on_hub = (
         str(path).partition(":")[0].count("/") == 1
         and not Path(path).exists()
@@ -51,7 +52,8 @@ def read_conversations(
     )
     if not isinstance(rows, list) or not rows:
         raise InputError(
-            f"{path} holds no conversations: expected a list of rows with 'messages', or with 'instruction' and 'output'."
+            f"{path} holds no conversations: expected a list of rows with 'messages', or with "
+            "'instruction' and 'output'."
         )
     out = []
     for n, row in enumerate(rows, 1):
@@ -97,7 +99,8 @@ def answer_spans(
     tok,  # a conversation and the tokenizer with its template
     where: str = "the conversation",  # how to call it in an error
 ):
-    "The rendered text and the character spans `[(start, end), ...]` of the assistant's turns, end-of-turn mark included."
+    """The rendered text and the character spans `[(start, end), ...]` of the assistant's turns, end-of-turn mark
+    included."""
     if messages[0]["role"] == "assistant":
         raise InputError(
             f"{where}: the conversation is opened by the assistant. Put the user's question first, or leave it out."
@@ -132,7 +135,8 @@ def _control_text(messages, text, tok, where):
     shown = _render(blanked, tok, where)
     if len(shown.rstrip()) != len(text.rstrip()):
         raise InputError(
-            f"{where}: a turn holds a control token such as {names[-1]}, and the model's chat template reacts to it. Remove it from the text."
+            f"{where}: a turn holds a control token such as {names[-1]}, and the model's chat "
+            "template reacts to it. Remove it from the text."
         )
     return [found.span() for found in re.finditer(_BLANK + "+", shown)]
 
@@ -146,7 +150,8 @@ def _as_text(control, tok):
 
 
 def _end_token(messages, start, tok, where):
-    "Id of the token that ends the last answer of `messages`, which begins at `start`, if the template writes no mark after it, else None."
+    """Id of the token that ends the last answer of `messages`, which begins at `start`, if the template writes no
+    mark after it, else None."""
     text = _render(messages, tok, where)
     if _closed(text, start, messages[-1]):
         return None
@@ -161,7 +166,8 @@ def encode(
     source: str = "sft",  # name kept with the rows
     where: str = "the conversation",  # how to call it in an error
 ):
-    "Token rows with labels on the assistant's turns only; one row per answer if the template rewrites earlier turns. Raises InputError if it refuses them."
+    """Token rows with labels on the assistant's turns only; one row per answer if the template rewrites earlier
+    turns. Raises InputError if it refuses them."""
     text, spans = answer_spans(messages, tok, where)
     answers = [i + 1 for i, m in enumerate(messages) if m["role"] == "assistant"]
     if spans is None:
@@ -174,7 +180,8 @@ def _last_only(messages, tok, source, where):
     text, before = _render(messages, tok, where).rstrip(), _render(messages[:-1], tok, where, True)
     if not text.startswith(before):
         raise InputError(
-            f"{where}: the chat template writes an answer differently from what it asks for (rendering is not a prefix): repair the model's chat template."
+            f"{where}: the chat template writes an answer differently from what it asks for "
+            "(rendering is not a prefix): repair the model's chat template."
         )
     return _row(messages, text, [(len(before), len(text))], [messages], tok, source, where)
 
@@ -239,20 +246,23 @@ def encode_all(
     length: int = 512,  # longest conversation, in tokens
     source: str = "sft",  # name kept with the rows
 ):
-    "Token rows of all conversations that fit `length`, and the number left out as too long. Raises InputError naming a row that the template refuses."
+    """Token rows of all conversations that fit `length`, and the number left out as too long. Raises InputError
+    naming a row that the template refuses."""
     coded = []
     for n, row in enumerate(rows, 1):
         coded += encode(row["messages"], tok, source, row.get("where", f"conversation {n}"))
     kept = [r for r in coded if len(r["input_ids"]) <= length]
     if not kept:
         raise InputError(
-            f"no conversation fits into {length} tokens (the shortest has {min((len(r['input_ids']) for r in coded), default=0)}): raise 'length'."
+            f"no conversation fits into {length} tokens (the shortest has "
+            f"{min((len(r['input_ids']) for r in coded), default=0)}): raise 'length'."
         )
     return kept, len(coded) - len(kept)
 
 # %% ../../nbs/43_train.sft.ipynb #2943f06f
 def _lost(messages, tok, where):
-    "The first turn whose content the template leaves out, or None. An answer may lose its thoughts: what stands before `</think>`."
+    """The first turn whose content the template leaves out, or None. An answer may lose its thoughts: what stands
+    before `</think>`."""
     whole = _render(messages, tok, where)
     for i, m in enumerate(messages):
         own = m["content"].split("</think>")[-1].strip() if m["role"] == "assistant" else m["content"].strip()
@@ -270,7 +280,7 @@ def _fault(messages, tok):
         return str(e).removeprefix(f"{where}: ")
     if lost:
         return f"the model's chat template leaves out the {lost['role']}'s turn '{lost['content'].strip()[:60]}'."
-    trained = any(l != -100 for r in coded for l in r["labels"][1:])
+    trained = any(label != -100 for r in coded for label in r["labels"][1:])
     return None if trained else "no token of the assistant's would be trained on."
 
 
