@@ -1,9 +1,11 @@
-"""Training speed on an idle machine and beside a busy process, for several spin counts of OpenMP; recorded in nbs/results/bench_threads.json.
+"""Training speed on an idle machine and beside a busy process, for several spin counts of OpenMP; recorded in
+nbs/results/bench_threads.json.
 
     python tools/bench_threads.py [--tokens 4000] [--rounds 2]
 
-OpenMP's threads wait for each other at the end of every parallel loop. A thread that spins while it waits keeps its core from the thread it waits for
-when another program takes a core. `GOMP_SPINCOUNT` says how long a thread spins before it sleeps.
+OpenMP's threads wait for each other at the end of every parallel loop. A thread that spins while it waits keeps its
+core from the thread it waits for when another program takes a core. `GOMP_SPINCOUNT` says how long a thread spins
+before it sleeps.
 """
 
 import argparse

@@ -14,18 +14,15 @@ from ..core import InputError, hub_rows, read_json, read_jsonl
 
 # %% ../../nbs/43_train.sft.ipynb #e5b8818f
 def check_messages(
-    messages,
-    where: str,  # the turns of a conversation, and how to call it in an error
+    messages,  # the turns of a conversation
+    where: str,  # how to call it in an error
 ):
     "Raise InputError unless `messages` is a conversation that holds an answer."
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: 'messages' must be a list of turns.")
     for m in messages:
-        if (
-            not isinstance(m, dict)
-            or m.get("role") not in ("system", "user", "assistant")
-            or not isinstance(m.get("content"), str)
-        ):
+        is_turn = isinstance(m, dict) and isinstance(m.get("content"), str)
+        if not is_turn or m.get("role") not in ("system", "user", "assistant"):
             raise InputError(
                 f"{where}: each turn needs a role (system, user or assistant) and a text 'content'; got {str(m)[:80]}."
             )
@@ -33,23 +30,37 @@ def check_messages(
         raise InputError(f"{where}: no answer by the assistant, so nothing to learn from.")
 
 
+def _raw_rows(path):
+    "The rows of a file or of a data set on the hub, as they are."
+    looks_like_hub = str(path).partition(":")[0].count("/") == 1
+    is_file = Path(path).exists() or Path(path).suffix in (".jsonl", ".json")
+    if looks_like_hub and not is_file:
+        return hub_rows(str(path), "train").to_list()
+    return read_jsonl(path) if str(path).endswith(".jsonl") else read_json(path)
+
+
+def _instruction_row(row, where):
+    "An instruction row of a messages- or alpaca-style row."
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is not an object with 'messages'.")
+    task = row.get("task", "instruction")
+    messages = row.get("messages")
+    if "messages" not in row:
+        if not {"instruction", "output"} <= set(row):
+            raise InputError(f"{where} has neither 'messages' nor 'instruction' and 'output'; it has {', '.join(row)}.")
+        question = "\n\n".join(str(row[key]) for key in ("instruction", "input") if row.get(key))
+        answer = str(row["output"])
+        messages = [dict(role="user", content=question), dict(role="assistant", content=answer)]
+    check_messages(messages, where)
+    return dict(messages=messages, task=task, where=where)
+
+# %% ../../nbs/43_train.sft.ipynb #ac5a3810
 def read_conversations(
     path,  # a .jsonl or .json file, or a data set on the hub (OWNER/NAME or OWNER/NAME:SUBSET)
 ):
     """Instruction rows `{'messages', 'task', 'where'}` from messages- or alpaca-style rows; `where` is the row's
     name in errors. Raises InputError."""
-    on_hub = (
-        str(path).partition(":")[0].count("/") == 1
-        and not Path(path).exists()
-        and Path(path).suffix not in (".jsonl", ".json")
-    )
-    rows = (
-        hub_rows(str(path), "train").to_list()
-        if on_hub
-        else read_jsonl(path)
-        if str(path).endswith(".jsonl")
-        else read_json(path)
-    )
+    rows = _raw_rows(path)
     if not isinstance(rows, list) or not rows:
         raise InputError(
             f"{path} holds no conversations: expected a list of rows with 'messages', or with "
@@ -57,21 +68,7 @@ def read_conversations(
         )
     out = []
     for n, row in enumerate(rows, 1):
-        where = f"{path}, row {n}"
-        if not isinstance(row, dict):
-            raise InputError(f"{where} is not an object with 'messages'.")
-        if "messages" not in row:
-            if not {"instruction", "output"} <= set(row):
-                raise InputError(
-                    f"{where} has neither 'messages' nor 'instruction' and 'output'; it has {', '.join(row)}."
-                )
-            ask = "\n\n".join(str(row[k]) for k in ("instruction", "input") if row.get(k))
-            row = dict(
-                messages=[dict(role="user", content=ask), dict(role="assistant", content=str(row["output"]))],
-                task=row.get("task", "instruction"),
-            )
-        check_messages(row["messages"], where)
-        out.append(dict(messages=row["messages"], task=row.get("task", "instruction"), where=where))
+        out.append(_instruction_row(row, f"{path}, row {n}"))
     return out
 
 # %% ../../nbs/43_train.sft.ipynb #b3284e7d
@@ -95,8 +92,8 @@ def _closed(text, start, answer):
 
 
 def answer_spans(
-    messages: list,
-    tok,  # a conversation and the tokenizer with its template
+    messages: list,  # a conversation
+    tok,  # the tokenizer with its chat template
     where: str = "the conversation",  # how to call it in an error
 ):
     """The rendered text and the character spans `[(start, end), ...]` of the assistant's turns, end-of-turn mark
@@ -193,24 +190,16 @@ def _tokens(text, spans, human, tok):
         return [(i, a, b) for i, (a, b) in zip(enc.input_ids, enc.offset_mapping)]
     borders = sorted({0, len(text), *(at for span in spans + human for at in span)})
     out = []
-    for a, b in pairwise(
-        borders
-    ):  # a tokenizer in Python knows no places, so the text is cut where labels begin and end
+    # a tokenizer in Python knows no places, so the text is cut where labels begin and end
+    for a, b in pairwise(borders):
         ids = tok(text[a:b], add_special_tokens=False, split_special_tokens=(a, b) in human).input_ids
         out += [(i, a, b) for i in ids]
     return out
 
 
-def _row(
-    messages,
-    text,
-    spans,
-    upto,
-    tok,
-    source,
-    where,  # `upto`: the turns up to each answer in `spans`
-):
-    "The token row of a rendered conversation with labels on the `spans` of its text."
+def _row(messages, text, spans, upto, tok, source, where):
+    """The token row of a rendered conversation with labels on the `spans` of its text; `upto` are the turns up to
+    each answer in `spans`."""
     controls, human = _control_tokens(tok), _control_text(messages, text, tok, where)
     ends = {end: _end_token(turns, start, tok, where) for (start, end), turns in zip(spans, upto)}
     ids, labels = [], []
