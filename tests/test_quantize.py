@@ -568,7 +568,10 @@ def test_output_that_cannot_be_written(made, tmp_path):
 
 
 def test_missing_package_names_the_command(made, tmp_path):
-    with patch("importlib.util.find_spec", return_value=None), pytest.raises(InputError, match="pip install"):
+    with (
+        patch("importlib.util.find_spec", return_value=None),
+        pytest.raises(InputError, match=r'pip install -e "\.\[demo\]"'),
+    ):
         need_packages("gguf")
 
 
