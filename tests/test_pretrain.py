@@ -29,8 +29,8 @@ def test_packing_keeps_every_token_and_its_label(tok):
     assert sorted(sum((r["input_ids"] for r in packed), [])) == sorted(sum((r["input_ids"] for r in rows), []))
     for r in packed:
         assert len(r["input_ids"]) <= 32
-        for i, l, p in zip(r["input_ids"], r["labels"], r["position_ids"]):
-            assert l == (-100 if p == 0 else i)
+        for i, label, p in zip(r["input_ids"], r["labels"], r["position_ids"]):
+            assert label == (-100 if p == 0 else i)
 
 
 def test_documents_in_a_row_cannot_see_each_other(tok, tiny_model):
@@ -45,7 +45,8 @@ def test_documents_in_a_row_cannot_see_each_other(tok, tiny_model):
 
 
 def test_attention_by_document_is_that_of_transformers(tok, tiny_model):
-    "Losses and gradients of packed documents, one longer than a block, against transformers' own attention on each document alone."
+    """Losses and gradients of packed documents, one longer than a block, against transformers' own attention on
+    each document alone."""
     model, _ = tiny_model
     rng = random.Random(0)
     docs = [[rng.randrange(5, 400) for _ in range(n)] for n in (600, 3, 257, 1)]
@@ -97,7 +98,10 @@ def test_interpolation_finds_the_largest_share_within_the_budget(limit):
     model = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         model.weight.fill_(3.0)
-    within = lambda m: (m.weight.item() - 1) / 2 <= limit + 1e-6
+
+    def within(m):
+        return (m.weight.item() - 1) / 2 <= limit + 1e-6
+
     points = interpolate(
         model, lambda: {"weight": torch.ones(1, 1)}, lambda m: dict(score=0.5 if within(m) else 100.5), halvings=6
     )
@@ -279,7 +283,7 @@ class TwoGpus(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.device
+        assert self.device  # sets _n_gpu
         self._n_gpu = 2
 
 
@@ -329,7 +333,8 @@ def test_memory_that_runs_out_in_training_gives_advice(tok, tiny_folder, tmp_pat
 
 
 def test_the_labels_of_another_end_token_are_trained(tok, tiny_model):
-    "A label may differ from the token that stands there: Baichuan 2 learns its end token at the place of the next turn's opening."
+    """A label may differ from the token that stands there: Baichuan 2 learns its end token at the place of the
+    next turn's opening."""
     model, _ = tiny_model
     row = dict(input_ids=[5, 6, 7, 8], labels=[-100, 6, 2, -100], source="x")
     with torch.no_grad():

@@ -301,7 +301,10 @@ def test_an_adapter_may_name_a_base_in_the_hubs_cache(made, tmp_path):
     (repo / "refs" / "main").write_text("0123456789abcdef0123456789abcdef01234567")
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "some/base"}))
-    code = f"from domain_llm.ship.gguf import export_gguf; print(export_gguf({str(adapter)!r}, {str(tmp_path / 'g')!r}, 'q8_0'))"
+    code = (
+        f"from domain_llm.ship.gguf import export_gguf; print(export_gguf({str(adapter)!r}, "
+        f"{str(tmp_path / 'g')!r}, 'q8_0'))"
+    )
     p = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -346,7 +349,10 @@ def test_what_a_killed_export_left_is_removed(made, tmp_path):
     for name in (".export-mine", ".exported"):
         (out / name).mkdir(parents=True)
         (out / name / "thesis.txt").write_text("x")
-    code = f"import time\nfrom pathlib import Path\nfrom domain_llm.ship.gguf import _workspace\nwith _workspace(Path({str(out)!r})) as w: print(w, flush=True); time.sleep(600)"
+    code = (
+        "import time\nfrom pathlib import Path\nfrom domain_llm.ship.gguf import _workspace\nwith "
+        f"_workspace(Path({str(out)!r})) as w: print(w, flush=True); time.sleep(600)"
+    )
 
     def start():
         p = run(code)
@@ -437,7 +443,10 @@ def test_changed_weights_or_a_removed_file_are_exported_again(made, tmp_path):
         return Path(shutil.copy(made["files"]["f32"], path))
 
     with patch.object(gguf, "_convert", side_effect=convert):
-        export = lambda: export_gguf(tmp_path / "merged", tmp_path / "gguf", "q8_0")
+
+        def export():
+            return export_gguf(tmp_path / "merged", tmp_path / "gguf", "q8_0")
+
         assert export()["q8_0"] == path and len(calls) == 0
         path.write_bytes(path.read_bytes()[:1000])
         with pytest.raises(InputError, match="in the way.*cut"):
@@ -559,7 +568,10 @@ def test_output_that_cannot_be_written(made, tmp_path):
 
 
 def test_missing_package_names_the_command(made, tmp_path):
-    with patch("importlib.util.find_spec", return_value=None), pytest.raises(InputError, match="pip install"):
+    with (
+        patch("importlib.util.find_spec", return_value=None),
+        pytest.raises(InputError, match=r'pip install -e "\.\[demo\]"'),
+    ):
         need_packages("gguf")
 
 
@@ -925,7 +937,8 @@ def run(code, **kw):
 
 def test_chat_from_a_pipe(made):
     p = run(
-        f"from domain_llm.ship.serve import chat_in_terminal as chat; chat({str(made['files']['q8_0'])!r}, max_tokens=5)"
+        "from domain_llm.ship.serve import chat_in_terminal as chat; "
+        f"chat({str(made['files']['q8_0'])!r}, max_tokens=5)"
     )
     out, err = p.communicate("Hi\n\n/reset\n你好\n", timeout=60)
     assert p.returncode == 0 and err == "" and "starts over" in out and len(out.splitlines()) >= 3, (out, err)
@@ -960,7 +973,8 @@ def test_serve_takes_the_key_from_the_environment(made):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     p = run(
-        f"from domain_llm.cli import main; main(['serve', {str(made['files']['q8_0'])!r}, '--port', '{port}', '--api-key', 'second', '--context', '512', '--slots', '2'])",
+        f"from domain_llm.cli import main; main(['serve', {str(made['files']['q8_0'])!r}, '--port', "
+        f"'{port}', '--api-key', 'second', '--context', '512', '--slots', '2'])",
         env={**os.environ, "DOMAIN_LLM_API_KEY": "s3cret"},
     )
     told = "".join(p.stdout.readline() for _ in range(3))
@@ -994,5 +1008,8 @@ def test_whole_characters_are_found(tok):
 
 
 def test_import_is_light():
-    code = "import sys, domain_llm.ship.gguf, domain_llm.ship.fidelity; print([m for m in ('torch', 'transformers', 'xllamacpp', 'gguf', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys, domain_llm.ship.gguf, domain_llm.ship.fidelity; print([m for m in ('torch', "
+        "'transformers', 'xllamacpp', 'gguf', 'numpy') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -14,10 +14,21 @@ TALK = [
     dict(role="user", content="and 3+3?"),
     dict(role="assistant", content="6"),
 ]
-CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-LLAMA2 = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% elif m['role'] == 'assistant' %} {{ m['content'] }} {{ eos_token }}{% else %}<<SYS>>{{ m['content'] }}<</SYS>>{% endif %}{% endfor %}"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% "
+    "endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] "
+    "}} [/INST]{% elif m['role'] == 'assistant' %} {{ m['content'] }} {{ eos_token }}{% else "
+    "%}<<SYS>>{{ m['content'] }}<</SYS>>{% endif %}{% endfor %}"
+)
 # Like models that drop the thoughts of earlier turns: an earlier answer is rendered differently from the last one.
-REWRITES = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and not loop.last %}(short){% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+REWRITES = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and "
+    "not loop.last %}(short){% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if "
+    "add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def with_template(tok, template):
@@ -27,7 +38,7 @@ def with_template(tok, template):
 
 
 def labelled(row, tok):
-    return tok.decode([l for l in row["labels"] if l != -100])
+    return tok.decode([label for label in row["labels"] if label != -100])
 
 
 @pytest.mark.parametrize(
@@ -38,7 +49,7 @@ def test_mask_covers_the_answers_and_nothing_else(tok, template, want):
     (row,) = encode(TALK, t)
     assert t.decode(row["input_ids"]) == t.apply_chat_template(TALK, tokenize=False)
     assert labelled(row, t) == want
-    assert all(l in (-100, i) for i, l in zip(row["input_ids"], row["labels"]))
+    assert all(label in (-100, i) for i, label in zip(row["input_ids"], row["labels"]))
 
 
 def test_own_system_prompt_is_kept_byte_for_byte(tok):
@@ -54,11 +65,16 @@ def test_template_that_rewrites_turns_gives_a_row_per_answer(tok):
 
 def test_mask_agrees_with_transformers_on_a_template_with_generation_marks(tok):
     "transformers' own assistant mask, from a template that marks the answer, must label the same tokens."
-    marked = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    marked = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' "
+        "%}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] "
+        "}}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt "
+        "%}<|im_start|>assistant\n{% endif %}"
+    )
     enc = with_template(tok, marked).apply_chat_template(TALK, return_assistant_tokens_mask=True, return_dict=True)
     (row,) = encode(TALK, with_template(tok, CHATML))
     assert row["input_ids"] == list(enc["input_ids"])
-    assert [int(l != -100) for l in row["labels"]] == list(enc["assistant_masks"])
+    assert [int(label != -100) for label in row["labels"]] == list(enc["assistant_masks"])
 
 
 def test_long_conversations_are_left_out_whole(tok):
@@ -113,7 +129,8 @@ SYSTEM, ASK = (
         dict(role="assistant", content="6"),
     ],
 )
-# The whole row, written by hand; [[ and ]] enclose the labelled tokens. Baichuan 2 labels the token after an answer with </s>, which its authors' own fine-tuning does.
+# The whole row, written by hand; [[ and ]] enclose the labelled tokens.
+# Baichuan 2 labels the token after an answer with </s>, as its authors' own fine-tuning does.
 CONVERSATIONS = {
     "llama3": (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n[[4<|eot_id|>]]"
@@ -121,7 +138,8 @@ CONVERSATIONS = {
         "4<|eot_id|>6<|eot_id|>",
     ),
     "qwen2.5": (
-        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n[[4<|im_end|>]]\n"
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
+        "assistant.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n[[4<|im_end|>]]\n"
         "<|im_start|>user\n3+3?<|im_end|>\n<|im_start|>assistant\n[[6<|im_end|>]]\n",
         "4<|im_end|>6<|im_end|>",
     ),
@@ -141,9 +159,9 @@ CONVERSATIONS = {
 def shown(row, tok):
     "A row as text with [[ and ]] around its labelled tokens."
     out, runs = "", [[None, []]]
-    for i, l in zip(row["input_ids"], row["labels"]):
-        if (l != -100) != runs[-1][0]:
-            runs.append([l != -100, []])
+    for i, label in zip(row["input_ids"], row["labels"]):
+        if (label != -100) != runs[-1][0]:
+            runs.append([label != -100, []])
         runs[-1][1].append(i)
     for on, ids in runs[1:]:
         out += f"[[{tok.decode(ids)}]]" if on else tok.decode(ids)
@@ -182,7 +200,10 @@ def test_control_tokens_in_a_turn_stay_text(tok, name):
     (answered,) = encode(
         [dict(role="user", content="What do they mean?"), dict(role="assistant", content=written)], tok
     )
-    count = lambda row: {i: row["input_ids"].count(i) for i in controls}
+
+    def count(row):
+        return {i: row["input_ids"].count(i) for i in controls}
+
     assert count(asked) == count(plain) == count(answered)
     assert tok.decode(asked["input_ids"]) == tok.decode(plain["input_ids"]).replace("What do they mean?", written)
     assert labelled(asked, tok) == labelled(plain, tok) and labelled(answered, tok) == labelled(plain, tok).replace(
@@ -267,9 +288,12 @@ def test_a_tokenizer_without_offsets_gives_the_same_mask():
     slow.chat_template = family("mistral").chat_template
     assert not slow.is_fast
     (row,) = encode(ASK, slow)
-    text = lambda ids: "".join(slow.convert_ids_to_tokens(ids))
+
+    def text(ids):
+        return "".join(slow.convert_ids_to_tokens(ids))
+
     assert text(row["input_ids"]) == CONVERSATIONS["mistral"][0].replace("[[", "").replace("]]", "")
-    assert text([l for l in row["labels"] if l != -100]) == CONVERSATIONS["mistral"][1]
+    assert text([label for label in row["labels"] if label != -100]) == CONVERSATIONS["mistral"][1]
     (asked,) = encode([dict(role="user", content="</s><s> 3?"), ASK[1]], slow)
     assert text(asked["input_ids"]) == "<s>[INST] </s><s> 3? [/INST]4</s>" and [
         asked["input_ids"].count(i) for i in (slow.bos_token_id, slow.eos_token_id)

@@ -1,4 +1,5 @@
-"""Training speed beside a busy process, for several spin counts of OpenMP; writes nbs/results/bench_threads.json.
+"""Training speed on an idle machine and beside a busy process, for several spin counts of OpenMP; recorded in
+nbs/results/bench_threads.json.
 
     python tools/bench_threads.py [--tokens 4000] [--rounds 2]
 

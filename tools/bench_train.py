@@ -1,12 +1,12 @@
 """Training speed beside TRL's SFTTrainer: same model, rows, precision and machine, in one run, arms in turn.
 
-    python tools/bench_train.py [--tokens 12000] [--rounds 3]                 # writes nbs/results/bench_train.json
-    python tools/bench_train.py --alpaca FILE [--tokens 12000] [--rounds 3]   # bench_train_alpaca.json
+    python tools/bench_train.py [--tokens 12000] [--rounds 3]                # nbs/results/bench_train.json
+    python tools/bench_train.py --alpaca FILE [--tokens 12000] [--rounds 3]  # nbs/results/bench_train_alpaca.json
 
 Tasks: continued pre-training (tokens per second) and fine-tuning on conversations (rows per second), the package's
-own, which are short and alike; with --alpaca fine-tuning on the rows of a file with instruction, input and output, of
-which there are many on the hub. The learning rate is so small that no weight moves, so the mean loss of every arm is
-over the same tokens of the same model and must agree; all other work of a step is done.
+own, which are short and alike; with --alpaca fine-tuning on the rows of a file with instruction, input and output,
+of which there are many on the hub. The learning rate is so small that no weight moves, so the mean loss of every
+arm is over the same tokens of the same model and must agree; all other work of a step is done.
 """
 
 import argparse
@@ -41,8 +41,8 @@ def conversations(path):
 
 
 def rows_of(task, tok, tokens):
-    """About `tokens` tokens of rows: documents (Python's documentation, of very different lengths, as real documents
-    are) or conversations (the package's, or a file's)."""
+    """About `tokens` tokens of rows: documents (Python's documentation, of very different lengths, as real
+    documents are) or conversations (the package's, or a file's)."""
     import random
 
     found, coded = (
@@ -105,7 +105,8 @@ def _timed(run):
 
 
 def trl(coded, best, length):
-    "SFTTrainer as it comes, or in the fastest configuration found: packed, no checkpointing, bf16, one row a step."
+    """SFTTrainer as it comes, or in the fastest configuration found: packed rows, no checkpointing, bf16, full
+    row per step."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -184,10 +185,8 @@ def bench(tokens, rounds, alpaca=None):
                 r = arm(task, name, tokens)
                 taken[name].append(r)
                 print(
-                    (
-                        f"{Path(task).stem} round {i + 1} {name}: {n / r['seconds']:.0f} tokens/s, "
-                        f"{len(coded) / r['seconds']:.2f} rows/s, loss {r['loss']:.4f}"
-                    ),
+                    f"{Path(task).stem} round {i + 1} {name}: {n / r['seconds']:.0f} tokens/s, "
+                    f"{len(coded) / r['seconds']:.2f} rows/s, loss {r['loss']:.4f}",
                     flush=True,
                 )
         median = {a: statistics.median(r["seconds"] for r in rs) for a, rs in taken.items()}
@@ -225,8 +224,8 @@ def main():
     result = bench(a.tokens, a.rounds, a.alpaca)
     for task, r in result["tasks"].items():
         print(
-            f"{task}: {r['speedup_over_default']:.2f}x TRL's defaults, {r['speedup_over_best']:.2f}x its best "
-            "configuration"
+            f"{task}: {r['speedup_over_default']:.2f}x TRL's defaults, {r['speedup_over_best']:.2f}x "
+            "its best configuration"
         )
     if not a.alpaca:
         print(

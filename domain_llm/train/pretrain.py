@@ -22,7 +22,8 @@ def _pieces(
     text,  # of a document
     size,  # UTF-8 bytes in all
 ):
-    "Pieces of the text, spread over its length: one of at least 800 bytes each, the whole text when it is no longer than `size`."
+    """Pieces of the text, spread over its length: one of at least 800 bytes each, the whole text when it is no
+    longer than `size`."""
     if _bytes(text) <= size:
         return [text]
     n = max(1, int(size // _EXCERPT))
@@ -37,7 +38,8 @@ def excerpts(
     docs: list,  # document rows
     tokens: int,  # about so many in all, counted as 4 UTF-8 bytes each
 ):
-    "Document rows with as much of many documents as `tokens` allow; one document alone gives a row for each piece of it."
+    """Document rows with as much of many documents as `tokens` allow; one document alone gives a row for each
+    piece of it."""
     size = 4 * tokens
     if len(docs) == 1:
         return [
@@ -57,7 +59,8 @@ def probe_texts(
     docs: list,  # document rows that are not trained on
     tokens: int,  # about so many in each of the two
 ):
-    "Rows to choose checkpoints by and rows to report on, from different documents (from different pieces where there is only one)."
+    """Rows to choose checkpoints by and rows to report on, from different documents (from different pieces where
+    there is only one)."""
     if len(docs) == 1:
         rows = excerpts(docs, 2 * tokens)
         return rows[0::2], rows[1::2] or rows
@@ -112,11 +115,12 @@ def _scale_adapter(model, factor):
 
 def interpolate(
     model,  # a tuned model, with or without a LoRA adapter; changed in place
-    base,  # function that gives its weights before training, by name; called only for a model without an adapter, and only if needed
+    base,  # function that gives its weights before training, by name; not called where an adapter is the change
     probe,  # as from `make_probe`
     halvings: int = 5,  # of the interval in which the share lies: 5 find it to within 1/32
 ):
-    "Interpolate the weights towards the base model until the forgetting budget is kept; gives the measured points, the last one being the choice."
+    """Interpolate the weights towards the base model until the forgetting budget is kept; gives the measured
+    points, the last one being the choice."""
     points = [dict(share=1.0, **probe(model))]
     if points[0]["score"] < 100:
         return points

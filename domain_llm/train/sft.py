@@ -14,18 +14,15 @@ from ..core import InputError, hub_rows, read_json, read_jsonl
 
 # %% ../../nbs/43_train.sft.ipynb #e5b8818f
 def check_messages(
-    messages,
-    where: str,  # the turns of a conversation, and how to call it in an error
+    messages,  # the turns of a conversation
+    where: str,  # how to call it in an error
 ):
     "Raise InputError unless `messages` is a conversation that holds an answer."
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: 'messages' must be a list of turns.")
     for m in messages:
-        if (
-            not isinstance(m, dict)
-            or m.get("role") not in ("system", "user", "assistant")
-            or not isinstance(m.get("content"), str)
-        ):
+        is_turn = isinstance(m, dict) and isinstance(m.get("content"), str)
+        if not is_turn or m.get("role") not in ("system", "user", "assistant"):
             raise InputError(
                 f"{where}: each turn needs a role (system, user or assistant) and a text 'content'; got {str(m)[:80]}."
             )
@@ -33,43 +30,45 @@ def check_messages(
         raise InputError(f"{where}: no answer by the assistant, so nothing to learn from.")
 
 
+def _raw_rows(path):
+    "The rows of a file or of a data set on the hub, as they are."
+    looks_like_hub = str(path).partition(":")[0].count("/") == 1
+    is_file = Path(path).exists() or Path(path).suffix in (".jsonl", ".json")
+    if looks_like_hub and not is_file:
+        return hub_rows(str(path), "train").to_list()
+    return read_jsonl(path) if str(path).endswith(".jsonl") else read_json(path)
+
+
+def _instruction_row(row, where):
+    "An instruction row of a messages- or alpaca-style row."
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is not an object with 'messages'.")
+    task = row.get("task", "instruction")
+    messages = row.get("messages")
+    if "messages" not in row:
+        if not {"instruction", "output"} <= set(row):
+            raise InputError(f"{where} has neither 'messages' nor 'instruction' and 'output'; it has {', '.join(row)}.")
+        question = "\n\n".join(str(row[key]) for key in ("instruction", "input") if row.get(key))
+        answer = str(row["output"])
+        messages = [dict(role="user", content=question), dict(role="assistant", content=answer)]
+    check_messages(messages, where)
+    return dict(messages=messages, task=task, where=where)
+
+# %% ../../nbs/43_train.sft.ipynb #ac5a3810
 def read_conversations(
     path,  # a .jsonl or .json file, or a data set on the hub (OWNER/NAME or OWNER/NAME:SUBSET)
 ):
-    "Instruction rows `{'messages', 'task', 'where'}` from messages- or alpaca-style rows; `where` is the row's name in errors. Raises InputError."
-    on_hub = (
-        str(path).partition(":")[0].count("/") == 1
-        and not Path(path).exists()
-        and Path(path).suffix not in (".jsonl", ".json")
-    )
-    rows = (
-        hub_rows(str(path), "train").to_list()
-        if on_hub
-        else read_jsonl(path)
-        if str(path).endswith(".jsonl")
-        else read_json(path)
-    )
+    """Instruction rows `{'messages', 'task', 'where'}` from messages- or alpaca-style rows; `where` is the row's
+    name in errors. Raises InputError."""
+    rows = _raw_rows(path)
     if not isinstance(rows, list) or not rows:
         raise InputError(
-            f"{path} holds no conversations: expected a list of rows with 'messages', or with 'instruction' and 'output'."
+            f"{path} holds no conversations: expected a list of rows with 'messages', or with "
+            "'instruction' and 'output'."
         )
     out = []
     for n, row in enumerate(rows, 1):
-        where = f"{path}, row {n}"
-        if not isinstance(row, dict):
-            raise InputError(f"{where} is not an object with 'messages'.")
-        if "messages" not in row:
-            if not {"instruction", "output"} <= set(row):
-                raise InputError(
-                    f"{where} has neither 'messages' nor 'instruction' and 'output'; it has {', '.join(row)}."
-                )
-            ask = "\n\n".join(str(row[k]) for k in ("instruction", "input") if row.get(k))
-            row = dict(
-                messages=[dict(role="user", content=ask), dict(role="assistant", content=str(row["output"]))],
-                task=row.get("task", "instruction"),
-            )
-        check_messages(row["messages"], where)
-        out.append(dict(messages=row["messages"], task=row.get("task", "instruction"), where=where))
+        out.append(_instruction_row(row, f"{path}, row {n}"))
     return out
 
 # %% ../../nbs/43_train.sft.ipynb #b3284e7d
@@ -93,11 +92,12 @@ def _closed(text, start, answer):
 
 
 def answer_spans(
-    messages: list,
-    tok,  # a conversation and the tokenizer with its template
+    messages: list,  # a conversation
+    tok,  # the tokenizer with its chat template
     where: str = "the conversation",  # how to call it in an error
 ):
-    "The rendered text and the character spans `[(start, end), ...]` of the assistant's turns, end-of-turn mark included."
+    """The rendered text and the character spans `[(start, end), ...]` of the assistant's turns, end-of-turn mark
+    included."""
     if messages[0]["role"] == "assistant":
         raise InputError(
             f"{where}: the conversation is opened by the assistant. Put the user's question first, or leave it out."
@@ -132,7 +132,8 @@ def _control_text(messages, text, tok, where):
     shown = _render(blanked, tok, where)
     if len(shown.rstrip()) != len(text.rstrip()):
         raise InputError(
-            f"{where}: a turn holds a control token such as {names[-1]}, and the model's chat template reacts to it. Remove it from the text."
+            f"{where}: a turn holds a control token such as {names[-1]}, and the model's chat "
+            "template reacts to it. Remove it from the text."
         )
     return [found.span() for found in re.finditer(_BLANK + "+", shown)]
 
@@ -146,7 +147,8 @@ def _as_text(control, tok):
 
 
 def _end_token(messages, start, tok, where):
-    "Id of the token that ends the last answer of `messages`, which begins at `start`, if the template writes no mark after it, else None."
+    """Id of the token that ends the last answer of `messages`, which begins at `start`, if the template writes no
+    mark after it, else None."""
     text = _render(messages, tok, where)
     if _closed(text, start, messages[-1]):
         return None
@@ -161,7 +163,8 @@ def encode(
     source: str = "sft",  # name kept with the rows
     where: str = "the conversation",  # how to call it in an error
 ):
-    "Token rows with labels on the assistant's turns only; one row per answer if the template rewrites earlier turns. Raises InputError if it refuses them."
+    """Token rows with labels on the assistant's turns only; one row per answer if the template rewrites earlier
+    turns. Raises InputError if it refuses them."""
     text, spans = answer_spans(messages, tok, where)
     answers = [i + 1 for i, m in enumerate(messages) if m["role"] == "assistant"]
     if spans is None:
@@ -174,7 +177,8 @@ def _last_only(messages, tok, source, where):
     text, before = _render(messages, tok, where).rstrip(), _render(messages[:-1], tok, where, True)
     if not text.startswith(before):
         raise InputError(
-            f"{where}: the chat template writes an answer differently from what it asks for (rendering is not a prefix): repair the model's chat template."
+            f"{where}: the chat template writes an answer differently from what it asks for "
+            "(rendering is not a prefix): repair the model's chat template."
         )
     return _row(messages, text, [(len(before), len(text))], [messages], tok, source, where)
 
@@ -186,24 +190,16 @@ def _tokens(text, spans, human, tok):
         return [(i, a, b) for i, (a, b) in zip(enc.input_ids, enc.offset_mapping)]
     borders = sorted({0, len(text), *(at for span in spans + human for at in span)})
     out = []
-    for a, b in pairwise(
-        borders
-    ):  # a tokenizer in Python knows no places, so the text is cut where labels begin and end
+    # a tokenizer in Python knows no places, so the text is cut where labels begin and end
+    for a, b in pairwise(borders):
         ids = tok(text[a:b], add_special_tokens=False, split_special_tokens=(a, b) in human).input_ids
         out += [(i, a, b) for i in ids]
     return out
 
 
-def _row(
-    messages,
-    text,
-    spans,
-    upto,
-    tok,
-    source,
-    where,  # `upto`: the turns up to each answer in `spans`
-):
-    "The token row of a rendered conversation with labels on the `spans` of its text."
+def _row(messages, text, spans, upto, tok, source, where):
+    """The token row of a rendered conversation with labels on the `spans` of its text; `upto` are the turns up to
+    each answer in `spans`."""
     controls, human = _control_tokens(tok), _control_text(messages, text, tok, where)
     ends = {end: _end_token(turns, start, tok, where) for (start, end), turns in zip(spans, upto)}
     ids, labels = [], []
@@ -239,20 +235,23 @@ def encode_all(
     length: int = 512,  # longest conversation, in tokens
     source: str = "sft",  # name kept with the rows
 ):
-    "Token rows of all conversations that fit `length`, and the number left out as too long. Raises InputError naming a row that the template refuses."
+    """Token rows of all conversations that fit `length`, and the number left out as too long. Raises InputError
+    naming a row that the template refuses."""
     coded = []
     for n, row in enumerate(rows, 1):
         coded += encode(row["messages"], tok, source, row.get("where", f"conversation {n}"))
     kept = [r for r in coded if len(r["input_ids"]) <= length]
     if not kept:
         raise InputError(
-            f"no conversation fits into {length} tokens (the shortest has {min((len(r['input_ids']) for r in coded), default=0)}): raise 'length'."
+            f"no conversation fits into {length} tokens (the shortest has "
+            f"{min((len(r['input_ids']) for r in coded), default=0)}): raise 'length'."
         )
     return kept, len(coded) - len(kept)
 
 # %% ../../nbs/43_train.sft.ipynb #2943f06f
 def _lost(messages, tok, where):
-    "The first turn whose content the template leaves out, or None. An answer may lose its thoughts: what stands before `</think>`."
+    """The first turn whose content the template leaves out, or None. An answer may lose its thoughts: what stands
+    before `</think>`."""
     whole = _render(messages, tok, where)
     for i, m in enumerate(messages):
         own = m["content"].split("</think>")[-1].strip() if m["role"] == "assistant" else m["content"].strip()
@@ -270,7 +269,7 @@ def _fault(messages, tok):
         return str(e).removeprefix(f"{where}: ")
     if lost:
         return f"the model's chat template leaves out the {lost['role']}'s turn '{lost['content'].strip()[:60]}'."
-    trained = any(l != -100 for r in coded for l in r["labels"][1:])
+    trained = any(label != -100 for r in coded for label in r["labels"][1:])
     return None if trained else "no token of the assistant's would be trained on."
 
 
