@@ -28,7 +28,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["domain_llm", "domain_llm.*"]),
-    package_data={"domain_llm": ["assets/*"]},
+    package_data={"domain_llm": ["assets/*", "assets/experiments/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={e: cfg[f"{e}_requirements"].split() for e in extras},
