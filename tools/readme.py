@@ -1,5 +1,6 @@
 """Write README.md and its pictures from nbs/index.ipynb (`--check`: only say whether they are current, by the exit status)."""
 
+import re
 import sys
 from base64 import b64decode
 from pathlib import Path
@@ -29,9 +30,15 @@ def readme():
     text, _ = MarkdownExporter(
         exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True
     ).from_notebook_node(nb)
-    lines = [line.rstrip() for line in text.strip().splitlines()]
+    lines = [from_root(line.rstrip()) for line in text.strip().splitlines()]
     kept = [line for i, line in enumerate(lines) if line or (i and lines[i - 1])]
     return "\n".join(kept) + "\n", pictures
+
+
+def from_root(line):
+    "A line whose links lead from the root of the checkout instead of from nbs/."
+    up = re.sub(r"\]\(\.\./", "](", line)
+    return re.sub(r"\]\(([\w.-]+\.ipynb)", r"](nbs/\1", up)
 
 
 def current(text, pictures):
