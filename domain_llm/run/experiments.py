@@ -24,7 +24,8 @@ from .inputs import read_inputs
 from .measuring import exam, figures, load_to_measure, values
 from .pipeline import make_room, prepare, run_stage
 from .recipe import read_recipe
-from .stages import Stage, identity, stages, trainings
+from .recipe import training_stages
+from .stages import Stage, identity, stages
 from ..train.pretrain import excerpts
 from ..train.rehearse import rehearse
 
@@ -70,7 +71,7 @@ def _mark(arm, cfg, out, measured):
     "The settings of an arm's runs: what training reads, and a mark of model, data and exam."
     made = arm["recipe"]
     data = _corpus(made if made["data"] != cfg["data"] else cfg, out)
-    own = {name: made[name] for name in (*_SETTINGS, *trainings(made))}
+    own = {name: made[name] for name in (*_SETTINGS, *training_stages(made))}
     return own | dict(rehearsed=arm["rehearsed"], content=fingerprint(identity(made["model"]), measured, data))
 
 
@@ -132,7 +133,7 @@ def _train(arm, out, seed):
     cfg = arm["recipe"]
     _corpus(cfg, out)
     plan, model = stages(cfg), identity(cfg["model"])
-    for name in trainings(cfg):
+    for name in training_stages(cfg):
         stage = plan[name]
         if name == "pretrain" and arm["rehearsed"]:
             stage = _rehearsed(stage, cfg, out)
@@ -174,13 +175,13 @@ def _train_and_measure(bench, mark, seed):
     names = list(bench.marks)
     name = next(n for n in names if bench.marks[n] == mark)
     arm, out = bench.arms[name], bench.out
-    if not trainings(arm["recipe"]):
+    if not training_stages(arm["recipe"]):
         return _before(arm["recipe"], bench.measured, out)
     model = _train(arm, out, seed)
     found = values(figures(*load_to_measure(str(model), arm["recipe"]), **bench.measured))
     later = [bench.marks[n] for n in names[names.index(name) + 1 :]]
     shared = "pretrain" in mark and any(_start(mark) == _start(other) for other in later)
-    for stage in trainings(arm["recipe"]):
+    for stage in training_stages(arm["recipe"]):
         if not (shared and stage == "pretrain"):
             _drop(out, stage)
     return found
