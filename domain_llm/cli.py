@@ -22,7 +22,7 @@ from .judge.score import bits_per_byte
 from .judge.stats import paired
 from .models import load
 from .run import experiments, keep
-from .run.experiments import EXPERIMENTS
+from .run.arms import abouts
 from .run.pipeline import check_run, final_model, run_recipe
 from .run.recipe import init_recipe
 from .ship.serve import chat_in_terminal, serve
@@ -151,15 +151,19 @@ Lists what was set aside when settings or inputs changed, asks, and removes it. 
         "ablate",
         "test a rule of thumb on your documents and model",
         "\n\n"
-        + "\n".join(f"{n:11} {e['about']}" for n, e in EXPERIMENTS.items())
+        + "\n".join(f"{name:11} {about}" for name, about in abouts().items())
         + """
 
-Every arm runs with every seed; finished runs are kept, so the same command goes on after an interruption.
-The verdicts are printed, and the folder gets result.json, effects.png (the claims) and trade.png (gain against loss).""",
+Every arm runs with every seed; finished runs are kept, so the same command resumes after an interruption.
+The plan is printed first, the verdicts at the end.
+The folder gets result.json, effects.png (the claims) and trade.png (gain against loss).""",
     )
-    c.add_argument("experiment", help=" or ".join(EXPERIMENTS))
+    c.add_argument("experiment", help=" or ".join(abouts()) + ", or a YAML file of your own")
     c.add_argument("--recipe", metavar="FILE", help="documents, model and settings; the demo's when not given")
-    c.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each arm (%(default)s)")
+    c.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (the experiment's own number, or 3)")
+    c.add_argument(
+        "--plan", action="store_true", help="print the runs, their time and what each claim can tell; train nothing"
+    )
     c.add_argument(
         "--tokens",
         type=int,
@@ -339,6 +343,9 @@ def _measured(name, questions, docs, trust_remote_code):
 
 
 def _ablate(a):
+    if a.plan:
+        print(experiments.planned_ablation(a.experiment, a.recipe, a.seeds, a.tokens, a.output))
+        return
     result = experiments.ablation(a.experiment, a.recipe, a.seeds, a.tokens, a.output)
     print(experiments.told(result))
     print(
