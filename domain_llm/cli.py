@@ -13,7 +13,7 @@ import sys
 from . import commands
 from .core import InputError
 from .devices import MEMORY_ADVICE, out_of_memory, share_cores
-from .run.experiments import EXPERIMENTS
+from .run.arms import abouts
 
 # %% ../nbs/98_cli.ipynb #46a4ef51
 EXAMPLES = """examples:
@@ -118,17 +118,20 @@ def _schema(sub):
 
 
 def _ablate(sub):
-    listed = "\n".join(f"{name:11} {what['about']}" for name, what in EXPERIMENTS.items())
+    known = abouts()
+    listed = "\n".join(f"{name:11} {about}" for name, about in known.items())
     more = f"""
 
 {listed}
 
 Every arm runs with every seed; finished runs are kept, so the same command resumes after an interruption.
-The verdicts are printed; the folder gets result.json, effects.png (the claims) and trade.png (gain against loss)."""
+The plan is printed first, the verdicts at the end; the folder gets result.json, effects.png (the claims) and trade.png (gain against loss)."""
     c = _command(sub, "ablate", commands.ablate, "test a rule of thumb on your documents and model", more)
-    c.add_argument("experiment", help=" or ".join(EXPERIMENTS))
+    c.add_argument("experiment", help=" or ".join(known) + ", or a YAML file of your own")
     c.add_argument("--recipe", metavar="FILE", help="documents, model and settings; the demo's when not given")
-    c.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each arm (%(default)s)")
+    c.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (the experiment's own number, or 3)")
+    only = "print the runs, their time and what each claim can tell; train nothing"
+    c.add_argument("--plan", action="store_true", help=only)
     size = "size of each run, where the experiment holds the total (30,000, or the recipe's mix.tokens)"
     c.add_argument("--tokens", type=int, metavar="N", help=size)
     folder = "folder of the experiment; ablate/NAME in the recipe's when not given"

@@ -54,7 +54,10 @@ def schema(a):
 
 
 def ablate(a):
-    "Run an experiment and print its verdicts."
+    "Run an experiment and print its plan and verdicts, or its plan alone."
+    if a.plan:
+        print(experiments.planned_ablation(a.experiment, a.recipe, a.seeds, a.tokens, a.output))
+        return
     result = experiments.ablation(a.experiment, a.recipe, a.seeds, a.tokens, a.output)
     print(experiments.told(result))
     drawn = ", effects.png" if result["claims"] else ""

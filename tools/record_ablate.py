@@ -1,10 +1,14 @@
-"""Run a shipped experiment on a demo domain (nbs/recipes/ablate.yaml, or the recipe given) and record it in nbs/results/ablate_NAME.json.
+"""Run an experiment on a demo domain (nbs/recipes/ablate.yaml, or the recipe given) and record it.
+
+The record is nbs/results/ablate_NAME.json; the experiment is one of the package's, or a YAML file.
 
     python tools/record_ablate.py mix [--seeds 3] [--tokens 30000] [--recipe nbs/recipes/select.yaml] [--data FOLDER]
+    python tools/record_ablate.py my-experiment.yaml --plan
     python tools/record_ablate.py --again nbs/results/ablate_*.json
 
-The runs are kept in runs/ablate/NAME, so that calling it again goes on. With --data, the recipe's paths are in that folder and NAME is the recipe's.
-With --again nothing is trained: the verdicts of recorded files are computed again from their runs, by the rules of today.
+The runs are kept in runs/ablate/NAME, so that calling it again resumes. With --data, the recipe's paths are in that
+folder and NAME is the recipe's. With --plan nothing is trained: the plan is printed.
+With --again nothing is trained: the verdicts of recorded files are computed again from their runs, by today's rules.
 """
 
 import argparse
@@ -16,7 +20,7 @@ from pathlib import Path
 from domain_llm.core import read_json, write_json
 from domain_llm.judge.ablate import verdict
 from domain_llm.results import results_dir
-from domain_llm.run.experiments import ablation, told
+from domain_llm.run.experiments import ablation, planned_ablation, told
 
 ROOT = Path(__file__).resolve().parent.parent
 STATED = (
@@ -34,7 +38,7 @@ FACTS_OF_A_MACHINE = 4  # of the demo, whose facts are numbered machine by machi
 
 
 def by_machine(metrics):
-    "The metrics of a run, questions on facts of the demo being grouped by machine: a machine's documents state its four facts together."
+    "The metrics of a run; questions on the demo's facts are grouped by machine, whose documents state its four facts."
 
     def machine(group):
         number = FACT.fullmatch(str(group))
@@ -73,7 +77,8 @@ def in_folder(path, folder):
 
 def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    a.add_argument("experiment", nargs="?", help="name of the experiment to run")
+    a.add_argument("experiment", nargs="?", help="name or YAML file of the experiment to run")
+    a.add_argument("--plan", action="store_true", help="print what it will cost and tell, and train nothing")
     a.add_argument(
         "--again",
         nargs="+",
@@ -81,7 +86,7 @@ def main():
         metavar="FILE",
         help="recorded experiments whose verdicts are computed again, without training",
     )
-    a.add_argument("--seeds", type=int, default=3)
+    a.add_argument("--seeds", type=int)
     a.add_argument("--tokens", type=int)
     a.add_argument("--recipe", type=Path, default=ROOT / "nbs" / "recipes" / "ablate.yaml")
     a.add_argument("--data", help="folder that the paths of the recipe's data are relative to")
@@ -92,14 +97,13 @@ def main():
         return
     if not a.experiment:
         raise SystemExit("name an experiment, or recorded files with --again.")
-    name = a.recipe.stem if a.data else a.experiment
-    result = ablation(
-        a.experiment,
-        in_folder(a.recipe, a.data) if a.data else a.recipe,
-        seeds=a.seeds,
-        tokens=a.tokens,
-        output=ROOT / "runs" / "ablate" / name,
-    )
+    name = a.recipe.stem if a.data else Path(a.experiment).stem
+    recipe = in_folder(a.recipe, a.data) if a.data else a.recipe
+    size = dict(seeds=a.seeds, tokens=a.tokens, output=ROOT / "runs" / "ablate" / name)
+    if a.plan:
+        print(planned_ablation(a.experiment, recipe, **size))
+        return
+    result = ablation(a.experiment, recipe, **size)
     print(told(result))
     path = results_dir() / f"ablate_{name}.json"
     write_json(path, {k: v for k, v in result.items() if k != "folder"})

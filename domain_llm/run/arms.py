@@ -6,14 +6,14 @@
 __all__ = ['KEYS', 'EQUAL', 'STAGES', 'UNITS', 'shipped', 'abouts', 'read_experiment', 'merged', 'corpus_tokens', 'resolved',
            'base_recipe', 'arm_recipes']
 
-# %% ../../nbs/66_run.arms.ipynb #e53fa8cb
+# %% ../../nbs/66_run.arms.ipynb #39b92d70
 from importlib.resources import files
 from pathlib import Path
 
 from ..core import InputError, nearest
 from .recipe import check_recipe
 
-# %% ../../nbs/66_run.arms.ipynb #77a42716
+# %% ../../nbs/66_run.arms.ipynb #b2fa5ab1
 KEYS = ("about", "equal", "recipe", "defaults", "seeds", "stages", "arms", "claims", "control", "law")
 EQUAL = ("tokens", "domain tokens", "characters", "exposures", "nothing")
 STAGES = ("prepare", "pretrain", "sft")
@@ -24,7 +24,7 @@ UNITS = {
 }  # metric -> how a difference is said, and its scale
 _CLAIM = ("text", "metric", "arm", "base", "direction", "margin", "matters")
 
-# %% ../../nbs/66_run.arms.ipynb #2bd6578a
+# %% ../../nbs/66_run.arms.ipynb #010639ed
 def _strict_loader():
     "PyYAML's safe loader, which refuses a name that stands twice in one mapping."
     import yaml
@@ -54,12 +54,12 @@ def _yaml(text, label):
     except yaml.YAMLError as e:
         raise InputError(f"{label} is not valid YAML: {' '.join(str(e).split())}") from e
 
-# %% ../../nbs/66_run.arms.ipynb #6f6dc68e
+# %% ../../nbs/66_run.arms.ipynb #e9ec7f6f
 def shipped():
     "The experiments that the package brings: name -> path of the file."
     folder = files("domain_llm") / "assets" / "experiments"
     found = [p for p in folder.iterdir() if p.name.endswith(".yaml")]
-    return {p.name.removesuffix(".yaml"): p for p in sorted(found, key=lambda p: p.name)}
+    return {p.name.removesuffix(".yaml"): p for p in sorted(found, key=lambda p: p.name.removesuffix(".yaml"))}
 
 
 def abouts():
@@ -89,7 +89,7 @@ def _source(name):
     except UnicodeDecodeError as e:
         raise InputError(f"the experiment {path} is not UTF-8 text.") from e
 
-# %% ../../nbs/66_run.arms.ipynb #5e966c94
+# %% ../../nbs/66_run.arms.ipynb #74bde9c5
 def _known(label, given, known):
     "Raise InputError for a key of `given` that is not among `known`."
     if not isinstance(given, dict):
@@ -131,7 +131,7 @@ def _positive(label, value, least=None):
         raise InputError(f"{label} is {value!r}, but must be a number {'from 0 on' if least == 0 else 'above 0'}.")
     return value
 
-# %% ../../nbs/66_run.arms.ipynb #67603d27
+# %% ../../nbs/66_run.arms.ipynb #c29f32fe
 _SHARED = {
     "": ("name", "output", "seed", "demo", "corpus", "evaluate", "quantize"),
     "data": ("documents", "questions", "general_probe", "general_questions", "ask"),
@@ -166,7 +166,7 @@ def _equal(label, patch, equal):
     if equal in ("domain tokens", "characters") and "select" in patch:
         raise InputError(f"{label} selects other documents, so '{equal}' would differ. Say 'equal: exposures'.")
 
-# %% ../../nbs/66_run.arms.ipynb #20727e70
+# %% ../../nbs/66_run.arms.ipynb #12a3a2d4
 def read_experiment(
     name,  # one of `shipped`, or a YAML file
 ):
@@ -201,7 +201,7 @@ def read_experiment(
         claims=stated,
     )
 
-# %% ../../nbs/66_run.arms.ipynb #58f559c6
+# %% ../../nbs/66_run.arms.ipynb #7fa86f37
 def merged(
     cfg: dict,  # a recipe
     patch: dict,  # settings to change
@@ -252,7 +252,7 @@ def resolved(
         out["parts"] = others | ({"general": n * sum(others.values())} if n else {})
     return out
 
-# %% ../../nbs/66_run.arms.ipynb #d3f56133
+# %% ../../nbs/66_run.arms.ipynb #a362bb62
 _PLAIN = {"probes": 1, "forgetting_budget": 1e6}  # no choice of checkpoints
 
 
@@ -287,7 +287,7 @@ def base_recipe(
         raise InputError("'equal: tokens' needs the size of a run: give mix.tokens in the recipe, or --tokens.")
     return merged(cfg, {"mix": {"tokens": size}})
 
-# %% ../../nbs/66_run.arms.ipynb #946cb4f4
+# %% ../../nbs/66_run.arms.ipynb #f29d9e1e
 def _lacking(cfg, stages, docs):
     "Why the data do not give an arm, or None."
     if "sft" in stages and not (cfg["data"]["instructions"] or cfg["demo"]):
@@ -313,7 +313,7 @@ def _checked(name, cfg):
     except InputError as e:
         raise InputError(f"arm '{name}': {e}") from e
 
-# %% ../../nbs/66_run.arms.ipynb #12bf0355
+# %% ../../nbs/66_run.arms.ipynb #1c0ed98a
 def arm_recipes(
     what: dict,  # as from `read_experiment`
     cfg: dict,  # as from `base_recipe`
