@@ -2,7 +2,8 @@
 
 import pytest
 
-from domain_llm.run.report import plot_interpolation, run_verdict
+from domain_llm.run.figures import plot_interpolation
+from domain_llm.run.report import run_verdict
 
 
 def exam(accuracy, low=None, high=None, **more):
