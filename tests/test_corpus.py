@@ -1,4 +1,4 @@
-"What the corpus chapter is the wrong place for: every broken file, properties on random text, real data where it is at hand."
+"What the chapters are the wrong place for: every broken file, properties on random text, real data where it is."
 
 import base64
 import csv
@@ -12,7 +12,7 @@ import random
 import re
 import sys
 import zipfile
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,10 @@ WORDS = [
     for b in ("a", "e", "i", "o", "ou")
     for c in ("ck", "lt", "mber", "nd", "r", "ss", "tion", "ver")
 ]
-HAN = "水闸压力阀门检修工人每天记录数据温度泵站设备安全规程标准钥匙班长通知系统网络密码学生历史地理海洋河流山脉城市农业工业经济发展政策法律文化教育科学技术"
+HAN = (
+    "水闸压力阀门检修工人每天记录数据温度泵站设备安全规程标准钥匙班长通知系统网络密码"
+    "学生历史地理海洋河流山脉城市农业工业经济发展政策法律文化教育科学技术"
+)
 
 
 def english(rng, n):
@@ -54,9 +57,12 @@ def chinese(rng, n):
     return "".join(rng.choices(HAN, k=n))
 
 
-def row(text, kind="web", name=None, n=[0]):
-    n[0] += 1
-    return dict(text=text, source=name or f"{n[0]}.md", kind=kind, id=name or f"{n[0]}.md")
+NUMBERS = count(1)
+
+
+def row(text, kind="web", name=None):
+    name = name or f"{next(NUMBERS)}.md"
+    return dict(text=text, source=name, kind=kind, id=name)
 
 
 def pdf(pages, path=None):
@@ -71,8 +77,8 @@ def pdf(pages, path=None):
         show = (
             b"BT /F1 11 Tf 14 TL 60 780 Td "
             + b" ".join(
-                b"(%s) Tj T*" % l.replace("\\", "\\\\").replace("(", r"\(").replace(")", r"\)").encode("latin-1")
-                for l in lines
+                b"(%s) Tj T*" % line.replace("\\", "\\\\").replace("(", r"\(").replace(")", r"\)").encode("latin-1")
+                for line in lines
             )
             + b" ET"
         )
@@ -112,7 +118,8 @@ def test_every_format_and_kind(tmp_path):
     pdf([["A paper."]], tmp_path / "misc/p.pdf")
     (tmp_path / "misc/c.html").write_text(
         "<title>T</title><nav>Menu</nav><main><h2 id='cookies'>Cookies</h2><p>Main text<br>next <b>bold</b>.</p>"
-        "<table><tr><th>k</th><th>v</th></tr><tr><td>x</td><td>1 <i>bar</i></td></tr></table><ul><li>one</li><li>two</li></ul><pre>a\n  b</pre></main><footer>Foot</footer><script>var x</script>"
+        "<table><tr><th>k</th><th>v</th></tr><tr><td>x</td><td>1 <i>bar</i></td></tr></table>"
+        "<ul><li>one</li><li>two</li></ul><pre>a\n  b</pre></main><footer>Foot</footer><script>var x</script>"
     )
     d = docx.Document()
     d.add_heading("Title", 1)
@@ -298,7 +305,10 @@ def test_many_processes_give_the_same(tmp_path, monkeypatch):
     assert read_documents(tmp_path)[0].to_list() == alone
 
 
-ZH = "水闸的安全压力不得超过四巴，检修工人必须每三十天检查一次阀门，并把钥匙交给值班的班长。本标准适用于所有的泵站和管道系统。"
+ZH = (
+    "水闸的安全压力不得超过四巴，检修工人必须每三十天检查一次阀门，并把钥匙交给值班的班长。"
+    "本标准适用于所有的泵站和管道系统。"
+)
 
 
 @pytest.mark.parametrize(
@@ -368,6 +378,11 @@ def test_the_encoding_that_a_page_names_is_read_as_browsers_do(tmp_path, label, 
     )
     rows, skipped = read_documents(tmp_path)
     assert rows["text"] == [want, want] and not skipped
+
+
+def test_comments_of_a_page_are_no_text(tmp_path):
+    (tmp_path / "a.html").write_text("<main><p>One<!-- hidden --> two</p><!-- between --><p>three</p></main>")
+    assert clean(read_documents(tmp_path)[0]["text"][0]) == "One two\n\nthree"
 
 
 def test_any_failure_of_one_file_is_its_own(tmp_path, monkeypatch):
@@ -843,7 +858,10 @@ def test_planted_leaks(make, size, doc):
 def test_what_counts_as_a_leak():
     q = dict(question="Which colour does the lockout tag of the Swift 56 carry?", choices=["red", "blue"], answer=1)
     zh = dict(question="水闸安全阀门的压力不得超过多少巴", choices=["三", "四"], answer=1)
-    leak = lambda text, *qs: [d["reason"] for d in decontaminate([row(text)], qs)[1]]
+
+    def leak(text, *qs):
+        return [d["reason"] for d in decontaminate([row(text)], qs)[1]]
+
     filler = english(random.Random(8), 60)
     assert leak("Which colour does the lockout tag of the Swift 56 carry?", q) == ["leak"]
     assert leak(
@@ -861,7 +879,9 @@ def test_what_counts_as_a_leak():
     assert kept[0]["text"] == f"{filler}\n\n{filler}"
     many = [
         dict(
-            question=f"Read the text about the old harbour and then choose the one best answer to this: {english(random.Random(100 + i), 8)}?"
+            question="Read the text about the old harbour and then choose the one best answer to this: "
+            + english(random.Random(100 + i), 8)
+            + "?"
         )
         for i in range(30)
     ]
@@ -884,19 +904,23 @@ def test_no_false_positives():
 
 
 def rewordings(seed, entities=20):
-    "Questions (one wording per fact), pages that ask another wording and answer it, documents that only state the facts."
+    "Questions (one wording per fact), pages that ask another wording and answer it, documents that only state facts."
     made, rng, wordings = make_world(seed, entities), random.Random(seed), {}
     for q in made["mcq"]:
         wordings.setdefault(q["fact"], []).append(q)
-    leaks = {l["id"] for l in made["planted"]["leaks"]}
+    leaks = {leak["id"] for leak in made["planted"]["leaks"]}
     asks = [
         w.split("?")[0].replace("{e}", "") for a in demo_strings()["attributes"].values() for w in a["web"] if "?" in w
     ]
-    itself = lambda text: any(all(part in text for part in w.split("  ")) for w in asks)
+
+    def itself(text):
+        return any(all(part in text for part in w.split("  ")) for w in asks)
+
     stating = [d for d in made["documents"] if d["id"] not in leaks and not itself(d["text"])]
     pages = [
         row(
-            f"{stating[i % len(stating)]['text'][:300]}\n\nQuiz: {q['question']} It is {q['choices'][q['answer']]}, of course.\n",
+            f"{stating[i % len(stating)]['text'][:300]}\n\n"
+            f"Quiz: {q['question']} It is {q['choices'][q['answer']]}, of course.\n",
             name=f"page-{i}",
         )
         for i, w in enumerate(wordings.values())
@@ -946,7 +970,10 @@ def test_share_by_hand():
         row("Tallow is a grease for the crane."),
     ]
     (got,) = paraphrases(rows, [q], share=0.2)
-    idf = lambda having: math.log(1 + 3 / (1 + having))
+
+    def idf(having):
+        return math.log(1 + 3 / (1 + having))
+
     want = (idf(2) + idf(3) + idf(3)) / (
         idf(0) + idf(2) + idf(1) + idf(3) + idf(3)
     )  # grease, crane, the; missing: which, for
@@ -1130,12 +1157,12 @@ def test_stages_give_what_one_process_gives(tmp_path):
         (tmp_path / "raw" / f"{k}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[k::2]))
     for i, (pipeline, tasks) in enumerate(datatrove_stages(tmp_path / "raw", tmp_path / "out", 2, qs)):
         LocalPipelineExecutor(pipeline, tasks=tasks, workers=1, logging_dir=str(tmp_path / f"logs{i}")).run()
-    texts = lambda name: {
-        r["id"]: r["text"]
-        for f in (tmp_path / "out" / name).glob("*.gz")
-        for l in gzip.open(f, "rt")
-        for r in [json.loads(l)]
-    }
+
+    def texts(name):
+        files = (tmp_path / "out" / name).glob("*.gz")
+        found = [json.loads(line) for file in files for line in gzip.open(file, "rt")]
+        return {r["id"]: r["text"] for r in found}
+
     long = [{**r, "text": clean(r["text"])} for r in rows if len(clean(r["text"]).encode()) >= 200]
     assert texts("clean") == {r["id"]: r["text"] for r in decontaminate(long, qs)[0]}
     kept = set(texts("kept"))
@@ -1144,7 +1171,7 @@ def test_stages_give_what_one_process_gives(tmp_path):
 
 def test_stages_without_datatrove(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datatrove.pipeline.dedup", None)
-    with pytest.raises(InputError, match="domain_llm.scale"):
+    with pytest.raises(InputError, match="datatrove is missing"):
         datatrove_stages(tmp_path, tmp_path / "out", 1)
 
 
@@ -1177,11 +1204,11 @@ def test_build_on_the_demo(tmp_path):
         truth = json.loads(Path(files["truth"]).read_text())
         made = build_corpus(files["docs"], make_world(seed, entities)["mcq"])
         report, short = made["report"], lambda f: f.removeprefix("docs/")
-        copies, leaks = {short(b) for _, b in truth["duplicates"]}, {short(l["file"]) for l in truth["leaks"]}
+        copies, leaks = {short(b) for _, b in truth["duplicates"]}, {short(leak["file"]) for leak in truth["leaks"]}
         assert copies <= {c["id"] for c in report["covered"]}
         assert not {c["id"] for c in report["covered"]} & {d["source"] for d in made["rows"]}
         assert not [c for c in report["covered"] if c["id"].startswith(("standard", "book"))]
-        hit = {l["id"] for l in report["leaks"]}
+        hit = {leak["id"] for leak in report["leaks"]}
         assert len(hit & leaks) >= 0.95 * len(leaks - {c["id"] for c in report["covered"]}) and len(
             hit & leaks
         ) >= 0.95 * len(hit)
@@ -1281,7 +1308,7 @@ def mmlu():
 
 def real_text():
     "C4 and Wikipedia pages, and the OWASP documents where they are."
-    c4 = [json.loads(l)["text"] for l in open(SHARED / "general/c4_demo.jsonl", encoding="utf-8")]
+    c4 = [json.loads(line)["text"] for line in open(SHARED / "general/c4_demo.jsonl", encoding="utf-8")]
     wiki = re.split(r"\n \n(?= = [^=])", (SHARED / "general/wikitext2_test.txt").read_text(encoding="utf-8"))
     return [
         row(t)

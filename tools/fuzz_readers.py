@@ -1,9 +1,9 @@
-"""Damaged documents for every reader: it must name what it cannot read, raise nothing, and take at most 5 s a MB.
+"""Damaged documents for every reader: what cannot be read is named, nothing is raised, a MB takes 5 s at most.
 
-    python tools/fuzz_readers.py --seconds 600      # prints each case that fails, and keeps its bytes in fuzz_failures/
+    python tools/fuzz_readers.py --seconds 600    # prints each case that fails, keeps its bytes in fuzz_failures/
 
-Each round takes a real document (the demo's, and those of ../shared/data where they are), damages it, and reads it. A
-DOCX is damaged in the XML inside its ZIP as well.
+Each round takes a real document (the demo's, and those of ../shared/data where they are), damages it, and reads it.
+A DOCX is damaged in the XML inside its ZIP as well.
 """
 
 import argparse
@@ -83,10 +83,8 @@ def seeds(folder):
     out.append(
         (
             ".html",
-            (
-                b'<?xml version="1.0" encoding="iso-8859-1"?><html><body><main><h1>A</h1><table><tr><td>1<td>'
-                b"2</table><pre>x</pre><ul><li><p>y</ul></main></body></html>"
-            ),
+            b'<?xml version="1.0" encoding="iso-8859-1"?><html><body><main><h1>A</h1>'
+            b"<table><tr><td>1<td>2</table><pre>x</pre><ul><li><p>y</ul></main></body></html>",
         )
     )
     return [*out, (".pdf", small_pdf())]
