@@ -100,7 +100,7 @@ def _cells(
 def _mean_squares(
     cells,  # [seeds, groups]
 ):
-    "Mean squares of the seeds, of the groups, and of what is left after both; those of a single seed hold the groups alone."
+    "Mean squares of the seeds, of the groups, and of what is left after both; with one seed the groups alone."
     S, G = cells.shape
     rows, cols = cells.mean(1), cells.mean(0)
     group = S * cols.var(ddof=1)
