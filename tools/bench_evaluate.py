@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """Multiple choice here and by lm-evaluation-harness, alternating; writes nbs/results/bench_evaluate.json.
 
     python tools/bench_evaluate.py [--items 200] [--rounds 2] [--threads N] [--dry]
@@ -6,6 +7,17 @@ Both have the same questions, model and precision. The models are loaded outside
 inside its `loglikelihood` (its data loading and reporting do not count), with the best of its batch sizes 1, 8 and 16
 on a sample of the questions. MMLU comes from shared/data beside the checkout; without it only the demo set is
 measured.
+=======
+"""Multiple choice here against lm-evaluation-harness: same questions, model and precision, alternating.
+
+Writes nbs/results/bench_evaluate.json.
+
+    python tools/bench_evaluate.py [--items 200] [--rounds 2] [--threads N] [--dry]
+
+The models are loaded outside the timed part. lm-eval is timed inside its `loglikelihood` (its data loading and
+reporting do not count), with the best of its batch sizes 1, 8 and 16 on a sample of the questions. MMLU comes from
+shared/data beside the checkout; without it only the demo set is measured.
+>>>>>>> wt-judge
 """
 
 import argparse
@@ -32,8 +44,20 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+<<<<<<< HEAD
 def timed_model():
     "lm-eval's model class, with its `loglikelihood` timed."
+=======
+def lm_eval_run(model, tok, rows, batch_size=8, **how):
+    """lm-eval's result on question rows as `export_lm_eval` writes them.
+
+    Gives a dict of picks (acc), picks_norm (acc_norm), loglik, prompts, seconds, cpu_seconds.
+    """
+    import datasets
+    import numpy as np
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+    from lm_eval import simple_evaluate
+>>>>>>> wt-judge
     from lm_eval.models.huggingface import HFLM
 
     class Timed(HFLM):
@@ -142,6 +166,7 @@ def cell(model, tok, rows, rounds):
         start, cpu = time.perf_counter(), time.process_time()
         got = multiple_choice(model, tok, rows)
         ours.append((time.perf_counter() - start, time.process_time() - cpu))
+<<<<<<< HEAD
         print(
             (
                 f"  lm-eval {theirs[-1]['seconds']:.1f} s (CPU {theirs[-1]['cpu_seconds']:.1f}), ours "
@@ -149,6 +174,10 @@ def cell(model, tok, rows, rounds):
             ),
             flush=True,
         )
+=======
+        print(f"  lm-eval {theirs[-1]['seconds']:.1f} s (CPU {theirs[-1]['cpu_seconds']:.1f}),", end=" ")
+        print(f"ours {ours[-1][0]:.1f} s (CPU {ours[-1][1]:.1f})", flush=True)
+>>>>>>> wt-judge
     import numpy as np
 
     ref, n = theirs[0], len(rows)
@@ -182,6 +211,7 @@ def bench(items=200, rounds=2, dtypes=("float32", "bfloat16"), sets=("mmlu", "sh
                 continue
             print(f"{name} {dtype}", flush=True)
             cells[f"{name} {dtype}"] = c = cell(model, tok, rows[name], rounds)
+<<<<<<< HEAD
             print(
                 (
                     f"  ratio {c['ratio']:.2f} (CPU {c['cpu_ratio']:.2f}), equal picks {c['equal']}/{c['n']} raw, "
@@ -189,6 +219,10 @@ def bench(items=200, rounds=2, dtypes=("float32", "bfloat16"), sets=("mmlu", "sh
                 ),
                 flush=True,
             )
+=======
+            print(f"  ratio {c['ratio']:.2f} (CPU {c['cpu_ratio']:.2f}),", end=" ")
+            print(f"equal picks {c['equal']}/{c['n']} raw, {c['equal_norm']}/{c['n']} chars", flush=True)
+>>>>>>> wt-judge
     return dict(cells=cells, items=items, rounds=rounds, threads=torch.get_num_threads())
 
 

@@ -14,59 +14,65 @@ from ..core import InputError, fingerprint, nearest, read_json, write_json
 from .stats import difference, standard_error
 
 # %% ../../nbs/34_judge.ablate.ipynb #9cd2c643
+def _check_arms(arms, seeds, files):
+    "Raise InputError unless there are two arms with files of their own and seeds, each once."
+    if len(arms) < 2:
+        raise InputError(f"an experiment compares at least two arms, not {len(arms)}.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"an experiment needs seeds, each once; got {list(seeds)}.")
+    if len(set(files.values())) < len(arms):
+        raise InputError(
+            f"two arms would share a file, since their names differ only in '/', ':' and '-': {', '.join(arms)}. "
+            "Rename one."
+        )
+
+
+def _as_lists(metrics):
+    "Metrics as `measure` gives them, with lists for arrays."
+    import numpy as np
+
+    return {name: {k: np.asarray(v).tolist() for k, v in metric.items()} for name, metric in metrics.items()}
+
+
+def _said_run(run, n, total, left):
+    "A finished run in one line."
+    means = ", ".join(f"{k} {fmean(m['values']):.4g}" for k, m in run["metrics"].items())
+    spent = f"{run['seconds']:.0f} s, at most {left / 60:.0f} min left"
+    return f"run {n} of {total}: {run['arm']}, seed {run['seed']}: {means} ({spent})"
+
+# %% ../../nbs/34_judge.ablate.ipynb #3c43d7d3
 def run_arms(
-    measure,  # function(settings, seed) -> {metric: {"values": [one per item], "groups": [label of each item]}}; groups may be left out
+    measure,  # function(settings, seed) -> {metric: {"values": [one per item], "groups": [label of each item]}}
     arms: dict,  # name of the arm -> its settings (JSON-able)
     seeds,  # list of whole numbers
     folder,  # one file per arm and seed
 ):
     "Every arm with every seed, as {arm: {seed: metrics}}; what is on disk for the same settings is not run again."
-    import numpy as np
-
-    if len(arms) < 2:
-        raise InputError(f"an experiment compares at least two arms, not {len(arms)}.")
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise InputError(f"an experiment needs seeds, each once; got {list(seeds)}.")
-    folder, found, took = Path(folder), {a: {} for a in arms}, []
-    files = {a: a.replace("/", "-").replace(":", "-") for a in arms}
-    if len(set(files.values())) < len(arms):
-        raise InputError(
-            f"two arms would share a file, since their names differ only in '/', ':' and '-': {', '.join(arms)}. Rename one."
-        )
-    for n, (seed, arm) in enumerate([(s, a) for s in seeds for a in arms], 1):
+    files = {arm: arm.replace("/", "-").replace(":", "-") for arm in arms}
+    _check_arms(arms, seeds, files)
+    found, took = {arm: {} for arm in arms}, []
+    planned = [(seed, arm) for seed in seeds for arm in arms]
+    for n, (seed, arm) in enumerate(planned, 1):
         mark = fingerprint(arms[arm], seed)
-        path = folder / f"{files[arm]}-{seed}-{mark[:8]}.json"  # results of other settings stay beside it
-        kept = read_json(path) if path.exists() else {}
-        if kept.get("fingerprint") != mark:
+        path = Path(folder) / f"{files[arm]}-{seed}-{mark[:8]}.json"  # results of other settings stay beside it
+        run = read_json(path) if path.exists() else {}
+        if run.get("fingerprint") != mark:
             start = time.time()
-            kept = dict(
-                arm=arm,
-                seed=seed,
-                settings=arms[arm],
-                fingerprint=mark,
-                metrics={
-                    k: {n: np.asarray(v).tolist() for n, v in m.items()} for k, m in measure(arms[arm], seed).items()
-                },
-                seconds=round(time.time() - start, 1),
-            )
-            write_json(path, kept)
-            took.append(kept["seconds"])
-            left = (len(arms) * len(seeds) - n) * sum(took) / len(took)
-            print(
-                f"run {n} of {len(arms) * len(seeds)}: {arm}, seed {seed}: "
-                + ", ".join(f"{k} {fmean(m['values']):.4g}" for k, m in kept["metrics"].items())
-                + f" ({took[-1]:.0f} s, at most {left / 60:.0f} min left)",
-                flush=True,
-            )
-        found[arm][str(seed)] = kept["metrics"]
+            metrics = _as_lists(measure(arms[arm], seed))
+            run = dict(arm=arm, seed=seed, settings=arms[arm], fingerprint=mark, metrics=metrics)
+            run["seconds"] = round(time.time() - start, 1)
+            write_json(path, run)
+            took.append(run["seconds"])
+            print(_said_run(run, n, len(planned), (len(planned) - n) * fmean(took)), flush=True)
+        found[arm][str(seed)] = run["metrics"]
     return found
 
 # %% ../../nbs/34_judge.ablate.ipynb #3982ebc4
 def compare_arms(
-    runs: dict,  # as from `run`
-    metric: str,
-    arm: str,
-    base: str,  # metric and the two arms
+    runs: dict,  # as from `run_arms`
+    metric: str,  # what is compared
+    arm: str,  # its name
+    base: str,  # the arm that it is compared with
     margin: float = 0.0,  # as in `difference`
 ):
     "`difference` of two arms of an experiment in one metric."
@@ -91,9 +97,9 @@ SUPPORTED, REFUTED, SMALL, OPEN = "supported", "refuted", "too small to matter",
 
 
 def _planned(
-    parts,
-    S,
-    G,  # variance parts of a `difference`, seeds and groups
+    parts,  # variance parts of a `difference`
+    S,  # seeds
+    G,  # groups
 ):
     "Standard error and degrees of freedom that a comparison of this size will have."
     both = parts["both"]
@@ -103,8 +109,8 @@ def _planned(
 
 
 def _smallest(
-    clears,
-    most=10**7,  # function of a whole number that is false up to some number and true from there
+    clears,  # function of a whole number that is false up to some number and true from there
+    most=10**7,  # where the search ends
 ):
     "The smallest number from 2 on that clears, looked for by doubling; None where none does."
     from bisect import bisect_left
@@ -123,7 +129,10 @@ def needed(
     alpha: float = 0.05,  # one minus the level of the interval
     power: float = 0.8,  # probability to tell it
 ):
-    "Groups of items (at these seeds) and seeds (at these items) at which a difference of this size is told from the margin with this power (t approximation); None where no number does."
+    """Sizes at which a difference as large as this one is told from the margin (t approximation).
+
+    Gives a dict of groups of items (at these seeds) and seeds (at these items); None where no number does.
+    """
     from scipy.stats import t
 
     if r["low"] is None:
@@ -145,40 +154,51 @@ def _holm(
     return multipletests(p, method="holm")[1].tolist() if p else []
 
 
+def _sign(c):
+    "1 for a claim of more, -1 for one of less."
+    return 1 if c.get("more", True) else -1
+
+
 def _signed(c):
-    return c.get("margin", 0.0) * (1 if c.get("more", True) else -1)  # a claim's margin as a difference of the arms
+    "A claim's margin as a difference of the arms."
+    return c.get("margin", 0.0) * _sign(c)
 
 
 def _measured(runs, c):
     "A claim with its difference, and how far that lies beyond the margin in the claimed direction."
     if c.get("matters") is not None and not c["matters"] > 0:
         raise InputError(
-            f"the claim '{c['text']}' says that a difference of {c['matters']} matters: give a number above 0, in the unit of {c['metric']}."
+            f"the claim '{c['text']}' says that a difference of {c['matters']} matters: "
+            f"give a number above 0, in the unit of {c['metric']}."
         )
     r = compare_arms(runs, c["metric"], c["arm"], c["base"], _signed(c))
-    beyond = (r["diff"] - _signed(c)) * (1 if c.get("more", True) else -1)
+    beyond = (r["diff"] - _signed(c)) * _sign(c)
     return dict(c, **r, margin=c.get("margin", 0.0), beyond=beyond)
 
 
 def _p_small(runs, c):
-    "p value of 'the difference is as large as `matters`': two one-sided tests at half the level, so below 0.05 where the 95% interval lies within."
+    "p value of 'the difference is as large as `matters`': two one-sided tests at half the level (Schuirmann, 1987)."
     if abs(c["diff"]) >= c["matters"]:
         return 1.0
-    return max(
-        compare_arms(runs, c["metric"], c["arm"], c["base"], edge)["p"] for edge in (-c["matters"], c["matters"])
-    )
+    edges = (-c["matters"], c["matters"])
+    return max(compare_arms(runs, c["metric"], c["arm"], c["base"], edge)["p"] for edge in edges)
 
-
+# %% ../../nbs/34_judge.ablate.ipynb #a77d4422
 def verdict(
-    runs: dict,  # as from `run`
-    claims: list,  # dicts of text, metric, arm, base; more (True: the arm has more of the metric), margin and matters (in the metric's unit), control (True: bound to work)
+    runs: dict,  # as from `run_arms`
+    claims: list,  # dicts, see below
 ):
-    "Each claim with its difference, p value corrected for the number of claims (p_holm) and verdict; with `matters` also p_small, corrected for the number of these."
+    """Each claim with its difference, p value corrected for the number of claims (p_holm) and verdict.
+
+    A claim has text, metric, arm, base and perhaps more (True: the arm has more of the metric), margin and matters (in
+    the metric's unit; with matters also p_small, corrected for the number of these) and control (True: bound to work).
+    """
     out = [_measured(runs, c) for c in claims]
     for c, p in zip(out, _holm([c["p"] for c in out])):
         resolved = SUPPORTED if c["beyond"] > 0 else REFUTED
         c.update(p_holm=p, verdict=resolved if p <= 0.05 else OPEN)
-    bar = 0.05 / max(sum(c["verdict"] == OPEN for c in out), 1)  # what the first claim that is not resolved has to pass
+    not_resolved = sum(c["verdict"] == OPEN for c in out)
+    bar = 0.05 / max(not_resolved, 1)  # what the first claim that is not resolved has to pass
     seen = {c["metric"] for c in out if c.get("control") and c["verdict"] == SUPPORTED}
     stated = [c for c in out if c.get("matters") is not None]
     for c, p in zip(stated, _holm([_p_small(runs, c) for c in stated])):
@@ -187,18 +207,27 @@ def verdict(
             c["verdict"] = SMALL
     return [dict(c, needed=needed(c, _signed(c), bar)) for c in out]
 
-# %% ../../nbs/34_judge.ablate.ipynb #a77d4422
+# %% ../../nbs/34_judge.ablate.ipynb #7f02495d
+def _ways(c):
+    "What would resolve a claim, as texts such as '110 groups of items'."
+    ways = []
+    for key, name in (("groups", "groups of items"), ("seeds", "seeds")):
+        number = c["needed"][key] or 0
+        if number > c[key]:
+            ways.append(f"{float(format(number, '.2g')):,.0f} {name}")
+    return ways
+
+
 def _open(c, unit, scale):
     "Why a claim is not resolved, or what would resolve it."
     if c["low"] is None:
         return "; too few groups of items to say how far it scatters"
     if c.get("p_small", 1) <= 0.05:
-        return f"; it is smaller than {scale * c['matters']:.3g} {unit}, but no positive control shows that this experiment could have seen more"
-    ways = [
-        f"{float(format(c['needed'][k], '.2g')):,.0f} {what}"
-        for k, what in (("groups", "groups of items"), ("seeds", "seeds"))
-        if (c["needed"][k] or 0) > c[k]
-    ]
+        return (
+            f"; it is smaller than {scale * c['matters']:.3g} {unit}, "
+            "but no positive control shows that this experiment could have seen more"
+        )
+    ways = _ways(c)
     if not ways:
         return "; neither more items alone nor more seeds alone would resolve it"
     return f"; a difference of this size would take about {' or '.join(ways)} to be found with 80% probability"
@@ -206,29 +235,37 @@ def _open(c, unit, scale):
 
 def sentence(
     c: dict,  # one claim of `verdict`
-    unit: str = "points",
-    scale: float = 100,  # how to say the difference
+    unit: str = "points",  # of the difference as it is said
+    scale: float = 100,  # factor from the metric's unit to it
 ):
     "The verdict on a claim in one sentence."
-    interval = (
-        "no interval" if c["low"] is None else f"95% interval {scale * c['low']:+.3g} to {scale * c['high']:+.3g}"
-    )
-    said = f"{c['text']}: {c['verdict']}. {c['arm']} against {c['base']}: {scale * c['diff']:+.3g} {unit} ({interval}; {c['seeds']} seeds, {c['groups']} groups of items)"
+    interval = "no interval"
+    if c["low"] is not None:
+        interval = f"95% interval {scale * c['low']:+.3g} to {scale * c['high']:+.3g}"
+    size = f"{c['seeds']} seeds, {c['groups']} groups of items"
+    difference = f"{c['arm']} against {c['base']}: {scale * c['diff']:+.3g} {unit} ({interval}; {size})"
+    said = f"{c['text']}: {c['verdict']}. {difference}"
     if c["verdict"] == SMALL:
         return f"{said}; differences below {scale * c['matters']:.3g} {unit} were declared not to matter."
-    return said + (_open(c, unit, scale) if c["verdict"] == OPEN else "") + "."
+    if c["verdict"] == OPEN:
+        said += _open(c, unit, scale)
+    return said + "."
 
 # %% ../../nbs/34_judge.ablate.ipynb #b2b95e01
 def design(
     parts: dict,  # variance parts of an earlier `difference`; those of a single seed know nothing of seeds
-    seeds: int,
-    groups: int,  # of the planned experiment
+    seeds: int,  # of the planned experiment
+    groups: int,  # of items, of the planned experiment
     matters: float = None,  # a difference that it should find, in the metric's unit
     ceiling: float = None,  # how far the metric can move at all, in the metric's unit
-    unit: str = "points",
-    scale: float = 100,  # how to say a difference
+    unit: str = "points",  # of a difference as it is said
+    scale: float = 100,  # factor from the metric's unit to it
 ):
-    "What a planned comparison of two arms will tell: dict of seeds, groups, half_width (of the 95% interval), power (to find `matters`), worth (False: the half-width exceeds half the ceiling) and said."
+    """What a planned comparison of two arms will tell.
+
+    Gives a dict of seeds, groups, half_width (of the 95% interval), power (to find `matters`), worth (False: the
+    half-width exceeds half the ceiling) and said.
+    """
     from scipy.stats import t
 
     if seeds < 1 or groups < 2:
@@ -241,5 +278,8 @@ def design(
     if matters is not None:
         said += f"; a difference of {scale * matters:.3g} {unit} is found with a probability of {power:.0%}"
     if ceiling is not None:
-        said += f"; at most {scale * ceiling:.3g} {unit} can move, so {'it can resolve something' if worth else 'do not run it: take more seeds or groups, or an experiment that moves more'}"
+        advice = "it can resolve something"
+        if not worth:
+            advice = "do not run it: take more seeds or groups, or an experiment that moves more"
+        said += f"; at most {scale * ceiling:.3g} {unit} can move, so {advice}"
     return dict(seeds=seeds, groups=groups, half_width=bar * se, power=power, worth=worth, said=said + ".")
