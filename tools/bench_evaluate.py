@@ -1,13 +1,3 @@
-<<<<<<< HEAD
-"""Multiple choice here and by lm-evaluation-harness, alternating; writes nbs/results/bench_evaluate.json.
-
-    python tools/bench_evaluate.py [--items 200] [--rounds 2] [--threads N] [--dry]
-
-Both have the same questions, model and precision. The models are loaded outside the timed part. lm-eval is timed
-inside its `loglikelihood` (its data loading and reporting do not count), with the best of its batch sizes 1, 8 and 16
-on a sample of the questions. MMLU comes from shared/data beside the checkout; without it only the demo set is
-measured.
-=======
 """Multiple choice here against lm-evaluation-harness: same questions, model and precision, alternating.
 
 Writes nbs/results/bench_evaluate.json.
@@ -17,7 +7,6 @@ Writes nbs/results/bench_evaluate.json.
 The models are loaded outside the timed part. lm-eval is timed inside its `loglikelihood` (its data loading and
 reporting do not count), with the best of its batch sizes 1, 8 and 16 on a sample of the questions. MMLU comes from
 shared/data beside the checkout; without it only the demo set is measured.
->>>>>>> wt-judge
 """
 
 import argparse
@@ -27,7 +16,6 @@ import os
 import random
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -44,10 +32,6 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-<<<<<<< HEAD
-def timed_model():
-    "lm-eval's model class, with its `loglikelihood` timed."
-=======
 def lm_eval_run(model, tok, rows, batch_size=8, **how):
     """lm-eval's result on question rows as `export_lm_eval` writes them.
 
@@ -57,8 +41,11 @@ def lm_eval_run(model, tok, rows, batch_size=8, **how):
     import numpy as np
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar
     from lm_eval import simple_evaluate
->>>>>>> wt-judge
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    logging.disable(logging.WARNING)
+    disable_progress_bar()
 
     class Timed(HFLM):
         def loglikelihood(self, requests, disable_tqdm=True):
@@ -67,32 +54,13 @@ def lm_eval_run(model, tok, rows, batch_size=8, **how):
             self.seconds, self.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
             return out
 
-    return Timed
-
-
-@contextmanager
-def silence():
-    "No log lines and no progress bars inside the block."
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
-
-    logging.disable(logging.WARNING)
-    disable_progress_bar()
     try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-        enable_progress_bar()
-
-
-def lm_eval_samples(lm, rows, **how):
-    "What lm-eval keeps of each question, in the order of the rows."
-    import datasets
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    with silence(), tempfile.TemporaryDirectory() as folder:
-        with patch.object(datasets.config, "HF_DATASETS_CACHE", Path(folder) / "cache"):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            patch.object(datasets.config, "HF_DATASETS_CACHE", Path(folder) / "cache"),
+        ):
             export_lm_eval(rows, folder, "local_mcq", **how)
+            lm = Timed(pretrained=model, tokenizer=tok, batch_size=batch_size)
             got = simple_evaluate(
                 model=lm,
                 tasks=["local_mcq"],
@@ -101,19 +69,14 @@ def lm_eval_samples(lm, rows, **how):
                 log_samples=True,
                 verbosity="ERROR",
             )
-    return sorted(got["samples"]["local_mcq"], key=lambda s: s["doc_id"])
-
-
-def lm_eval_run(model, tok, rows, batch_size=8, **how):
-    """lm-eval's result on question rows as `export_lm_eval` writes them: dict of picks (acc), picks_norm (acc_norm),
-    loglik, prompts, seconds, cpu_seconds."""
-    import numpy as np
-
-    with silence():
-        lm = timed_model()(pretrained=model, tokenizer=tok, batch_size=batch_size)
-    samples = lm_eval_samples(lm, rows, **how)
-    loglik = [[float(r[0][0]) for r in s["resps"]] for s in samples]
-    options = [ast.literal_eval(s["doc"]["options"]) for s in samples]
+    finally:
+        logging.disable(logging.NOTSET)
+        enable_progress_bar()
+    samples = sorted(got["samples"]["local_mcq"], key=lambda s: s["doc_id"])
+    loglik, options = (
+        [[float(r[0][0]) for r in s["resps"]] for s in samples],
+        [ast.literal_eval(s["doc"]["options"]) for s in samples],
+    )
     picks = [int(np.argmax(x)) for x in loglik]
     norm = [int(np.argmax([v / len(o) for v, o in zip(x, oo)])) for x, oo in zip(loglik, options)]
     assert [p == r["answer"] for p, r in zip(picks, rows)] == [bool(s["acc"]) for s in samples]
@@ -166,18 +129,8 @@ def cell(model, tok, rows, rounds):
         start, cpu = time.perf_counter(), time.process_time()
         got = multiple_choice(model, tok, rows)
         ours.append((time.perf_counter() - start, time.process_time() - cpu))
-<<<<<<< HEAD
-        print(
-            (
-                f"  lm-eval {theirs[-1]['seconds']:.1f} s (CPU {theirs[-1]['cpu_seconds']:.1f}), ours "
-                f"{ours[-1][0]:.1f} s (CPU {ours[-1][1]:.1f})"
-            ),
-            flush=True,
-        )
-=======
         print(f"  lm-eval {theirs[-1]['seconds']:.1f} s (CPU {theirs[-1]['cpu_seconds']:.1f}),", end=" ")
         print(f"ours {ours[-1][0]:.1f} s (CPU {ours[-1][1]:.1f})", flush=True)
->>>>>>> wt-judge
     import numpy as np
 
     ref, n = theirs[0], len(rows)
@@ -211,18 +164,8 @@ def bench(items=200, rounds=2, dtypes=("float32", "bfloat16"), sets=("mmlu", "sh
                 continue
             print(f"{name} {dtype}", flush=True)
             cells[f"{name} {dtype}"] = c = cell(model, tok, rows[name], rounds)
-<<<<<<< HEAD
-            print(
-                (
-                    f"  ratio {c['ratio']:.2f} (CPU {c['cpu_ratio']:.2f}), equal picks {c['equal']}/{c['n']} raw, "
-                    f"{c['equal_norm']}/{c['n']} chars"
-                ),
-                flush=True,
-            )
-=======
             print(f"  ratio {c['ratio']:.2f} (CPU {c['cpu_ratio']:.2f}),", end=" ")
             print(f"equal picks {c['equal']}/{c['n']} raw, {c['equal_norm']}/{c['n']} chars", flush=True)
->>>>>>> wt-judge
     return dict(cells=cells, items=items, rounds=rounds, threads=torch.get_num_threads())
 
 

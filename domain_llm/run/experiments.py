@@ -23,8 +23,7 @@ from .forecast import claim_lines, group_count, plan_text, recorded
 from .inputs import read_inputs
 from .measuring import exam, figures, load_to_measure, values
 from .pipeline import make_room, prepare, run_stage
-from .recipe import read_recipe
-from .recipe import training_stages
+from .recipe import read_recipe, training_stages
 from .stages import Stage, identity, stages
 from ..train.pretrain import excerpts
 from ..train.rehearse import rehearse
