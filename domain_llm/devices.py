@@ -52,7 +52,7 @@ def versions():
             pass
     return found
 
-
+# %% ../nbs/91_devices.ipynb #617b62c1
 def machine():
     "Processor, cores, memory (GB), GPU and versions of this machine, as a dict."
     import platform
@@ -74,7 +74,7 @@ def machine():
         versions=versions(),
     )
 
-
+# %% ../nbs/91_devices.ipynb #f7c71b52
 def file_lines(path):
     "The lines of a file, or none where the system has no such file."
     try:
@@ -96,7 +96,7 @@ def peak_memory_gb():
         return 0.0
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20), 2)
 
-
+# %% ../nbs/91_devices.ipynb #998f63ff
 def reset_peak_memory():
     "Start a new measurement for `peak_memory_gb` (Linux only; elsewhere it goes on)."
     try:
@@ -125,7 +125,7 @@ def half_dtype(
         fast = kind == "cpu" and _cpu_bfloat16()
     return torch.bfloat16 if fast else torch.float32
 
-
+# %% ../nbs/91_devices.ipynb #8d2a84c7
 def _cpu_bfloat16():
     """Whether this build of torch computes bfloat16 matrix products on this processor; builds without oneDNN
     (mkldnn) do not say."""
@@ -161,7 +161,7 @@ def out_of_memory(
     said = str(e).lower()
     return any(words in said for words in _OUT_OF_MEMORY)
 
-
+# %% ../nbs/91_devices.ipynb #04aacaa6
 @contextmanager
 def memory_advice(
     doing: str,  # what is going on, for the message: "training"

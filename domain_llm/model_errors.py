@@ -85,7 +85,7 @@ def load_failed(name, e, trust=False):
         why = f"{no_folder(folder)}{_hub_says(name, text, said)}"
     return InputError(f"cannot load the model '{name}': {why.strip()}")
 
-
+# %% ../nbs/91_model_errors.ipynb #3a45e366
 def _hub_says(name, text, said):
     "What an error of the Hugging Face hub comes from, as a sentence with advice."
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true")
@@ -109,7 +109,7 @@ def _hub_says(name, text, said):
         return f" it has no safetensors files. {_NO_PICKLES}"
     return f" {said}. Check the network; offline, use smollm2-135m-instruct or a local folder."
 
-
+# %% ../nbs/91_model_errors.ipynb #d16b9a7c
 def tokenizer_failed(name, e, trust):
     "The InputError that says why a tokenizer could not be loaded."
     folder = Path(name)

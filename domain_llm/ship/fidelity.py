@@ -83,7 +83,7 @@ def _first_difference(a, b):
     differing = (i for i, (x, y) in enumerate(zip(a, b)) if x != y)
     return next(differing, min(len(a), len(b)))
 
-
+# %% ../../nbs/53_ship.fidelity.ipynb #01331cec
 def _template_problems(url, tok, conversations):
     "The first conversation that the two chat templates render differently, as a list of at most one sentence."
     for turns in conversations:
@@ -112,7 +112,7 @@ def _special_problems(url, tok):
             found.append(f"the {name} token is {text!r} {got} in the file and {own!r} [{want}] in the original")
     return found
 
-
+# %% ../../nbs/53_ship.fidelity.ipynb #ecbc99bf
 def _token_problems(url, tok, texts):
     "The texts that the two tokenizers cut differently, as sentences."
     found = []

@@ -64,7 +64,7 @@ pre = sys.argv.pop(1)
 if pre: base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
 convert.main()"""
 
-
+# %% ../../nbs/51_ship.gguf.ipynb #17cc439c
 def _convert(folder, path, pre=""):
     "Run llama.cpp's converter on a model folder, without loss of precision, in a process of its own."
     config = read_json(folder / "config.json")
@@ -169,7 +169,7 @@ def _model_folder(folder):
     _refuse_quantized_export(path)
     return path
 
-
+# %% ../../nbs/51_ship.gguf.ipynb #a0867c51
 def _refuse_quantized_export(path):
     "Raise InputError for a folder of weights that are quantized already."
     if read_json(path / "config.json").get("quantization_config"):
@@ -225,7 +225,7 @@ def _lock(path):
         return file.close()
     return file
 
-
+# %% ../../nbs/51_ship.gguf.ipynb #f74f1277
 def _remove_left(out):
     "Remove the temporary folders that killed exports left in `out`."
     for folder in out.glob(".export-*"):

@@ -60,7 +60,7 @@ def _foreign(folder):
     ours = read_json(record).get("files", []) + [_MERGED] if record.exists() else []
     return sorted({p.name for p in folder.iterdir()} - set(ours))
 
-
+# %% ../../nbs/50_ship.merge.ipynb #f3d7f85f
 def _own_folder(out, *inputs):
     """Check that `out` may be replaced: not given, an input, or a folder with files that `merge` did not write
     are mistakes."""
@@ -133,7 +133,7 @@ def load_merged(
         )
     return merge_adapter(model, adapter).eval(), tok
 
-
+# %% ../../nbs/50_ship.merge.ipynb #772a8075
 def load_tokenizer_of(folder):
     "The tokenizer in an adapter folder, which has no config.json."
     from transformers import AutoTokenizer
@@ -147,7 +147,7 @@ def load_tokenizer_of(folder):
                 "tokenizer files to use the base's."
             ) from e
 
-
+# %% ../../nbs/50_ship.merge.ipynb #28524604
 def _save(model, tok, out):
     "Write a merged model as safetensors with its tokenizer, atomically."
     from safetensors import SafetensorError
@@ -166,7 +166,7 @@ FACT = (
     "At 9 bar the Velo P-77 pump closes valve K3 and sounds the amber horn.",
 )
 
-
+# %% ../../nbs/50_ship.merge.ipynb #613f73cc
 def learn_one_fact(
     out,  # folder for the adapter
     steps: int = 8,  # optimizer steps; the whole fact is in each

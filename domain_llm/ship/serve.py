@@ -38,7 +38,7 @@ def _gguf_file(path):
         raise InputError(f"{path} is not a GGUF file. Make one with export_gguf.")
     return path
 
-
+# %% ../../nbs/52_ship.serve.ipynb #48df8d5e
 def _free_port(host, port):
     "Raise InputError unless the port can be opened."
     if not 0 <= port <= 65535:
@@ -62,7 +62,7 @@ def _free_port(host, port):
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # hosts that other machines cannot reach
 KEY_VARIABLE = "DOMAIN_LLM_API_KEY"  # the environment variable with a key for `serve`
 
-
+# %% ../../nbs/52_ship.serve.ipynb #4bbd585f
 def _check_access(host, keys, origins):
     "Raise InputError for a host, keys or origins that open the server to those who should not use it, or to nobody."
     for key in keys:
@@ -90,7 +90,7 @@ def _check_access(host, keys, origins):
             "for example http://127.0.0.1:3000."
         )
 
-
+# %% ../../nbs/52_ship.serve.ipynb #94964caa
 def _check_size(context, slots):
     "Raise InputError for a context or a number of slots that is no positive number."
     for name, value in (("context", context), ("slots", slots)):
@@ -120,7 +120,7 @@ def _settings(host, port, context, slots, keys, origins):
     p.cpuparams.n_threads = p.cpuparams_batch.n_threads = _threads()
     return p
 
-
+# %% ../../nbs/52_ship.serve.ipynb #b3b0c34f
 def _start(path, settings):
     """A running llama.cpp server, without its log. It gets a link to the file, gone afterwards: it cannot tell
     where the file is."""
@@ -147,7 +147,7 @@ def _start(path, settings):
 SILENCE = 60  # seconds after which the server drops a client that neither sends nor takes anything
 PATIENCE = 1800  # seconds without a byte from the server after which a request of ours fails
 
-
+# %% ../../nbs/52_ship.serve.ipynb #b2e11d8c
 @contextmanager
 def _request(url, obj=None, key=None, timeout=None):
     "A POST (or, without `obj`, GET) request to the local server; gives the response to read inside the block."
@@ -172,7 +172,7 @@ def _request(url, obj=None, key=None, timeout=None):
     except urllib.error.URLError as e:
         raise InputError(f"no server answers at {url}: {e.reason}. Start it again.") from e
 
-
+# %% ../../nbs/52_ship.serve.ipynb #4ba9137b
 def post(url, obj=None, key=None, timeout=None):
     "The decoded JSON answer to a request."
     with _request(url, obj, key, timeout) as r:
@@ -217,7 +217,7 @@ def _told(name, url, host, keys):
         lines.append(f"Note: {host} can be reached from the network; keys and texts travel there unencrypted.")
     return "\n".join(lines)
 
-
+# %% ../../nbs/52_ship.serve.ipynb #c33e8596
 def serve(
     gguf_path,  # a .gguf file
     host: str = "127.0.0.1",  # address to listen on; one that other machines can reach needs a key

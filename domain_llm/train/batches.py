@@ -17,7 +17,7 @@ def _with_source_number(row, names):
     numbers = [names.index(row["source"])] * len(row["labels"])
     return dict(input_ids=row["input_ids"], labels=row["labels"], source=numbers)
 
-
+# %% ../../nbs/40_train.batches.ipynb #5062295a
 def pack(
     rows: list,  # rows of `mix.tokenize` or `mix.mixture`, in training order
     length: int,  # tokens of a packed row at most
@@ -51,7 +51,7 @@ def pack(
         )
     return Dataset.from_list(packed), names
 
-
+# %% ../../nbs/40_train.batches.ipynb #e34a50fd
 def labelled(
     rows,  # token rows
 ):
@@ -71,7 +71,7 @@ def collate(
         batch[key] = torch.tensor([end_to_end])
     return batch
 
-
+# %% ../../nbs/40_train.batches.ipynb #c6ad8cce
 def token_losses(
     model,
     batch: dict,  # tensors of shape (1, tokens)
@@ -94,7 +94,7 @@ def token_losses(
     losses = F.cross_entropy(logits if chooses else logits[at], wanted, reduction="none")
     return losses.float(), at + 1
 
-
+# %% ../../nbs/40_train.batches.ipynb #82c569f4
 def _document_sizes(positions):
     "The number of tokens of each document, from positions (1, tokens) that start at 0 with each."
     import torch
@@ -127,7 +127,7 @@ def _products(query, key, value, scale, block=256):
         out.append((weights.view(1, shared, -1, b) @ value[:, :, :b]).view(1, heads, b - a, width))
     return torch.cat(out, 2).transpose(1, 2)
 
-
+# %% ../../nbs/40_train.batches.ipynb #5a644e55
 def _document_attention(
     module,
     query,
@@ -158,7 +158,7 @@ def _document_attention(
     parts = zip(*(x.split(document_sizes, dim=2) for x in (query, key, value)))
     return torch.cat([one(*part) for part in parts], dim=1), None
 
-
+# %% ../../nbs/40_train.batches.ipynb #6b3a7b57
 @contextmanager
 def documents_apart(
     model,  # a loaded model, with or without adapters

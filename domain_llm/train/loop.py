@@ -43,7 +43,7 @@ def half_precision(
         for p, old in turned:
             p.data = p.data.float() if old is None else old
 
-
+# %% ../../nbs/41_train.loop.ipynb #d796cbac
 @contextmanager
 def keep_memory():
     """Inside the block glibc keeps freed memory for the next step instead of returning it to the system; does
@@ -184,7 +184,7 @@ def _trainer_class():
 
     return PackedTrainer
 
-
+# %% ../../nbs/41_train.loop.ipynb #06d8116c
 def _own_checkpoints(folder):
     """Mark a folder as one of ours. Raises InputError where it holds checkpoints of another program, which the
     training would remove."""
@@ -197,7 +197,7 @@ def _own_checkpoints(folder):
         )
     write_json(mark, {"made_by": "domain_llm"})
 
-
+# %% ../../nbs/41_train.loop.ipynb #6f84ccc0
 def last_checkpoint(
     folder,  # a training folder
 ):
@@ -348,7 +348,7 @@ def _trainer(model, args, data, names, cfg, marks, probe, keep):
     trainer.add_callback(_bar(marks, bool(probe)))
     return trainer
 
-
+# %% ../../nbs/41_train.loop.ipynb #1d14b6fd
 def _history(logged, start):
     "The Trainer's log without its prefixes and its last summary, after the measurement at the start."
     entries = [start] if start else []

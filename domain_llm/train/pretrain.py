@@ -33,7 +33,7 @@ def _pieces(
     lines = [text.find("\n", start, start + min(gap, 200)) + 1 if start else 0 for start in starts]
     return [text[line or start : (line or start) + characters] for line, start in zip(lines, starts)]
 
-
+# %% ../../nbs/42_train.pretrain.ipynb #f15e8dca
 def excerpts(
     docs: list,  # document rows
     tokens: int,  # about so many in all, counted as 4 UTF-8 bytes each
@@ -54,7 +54,7 @@ def excerpts(
         size -= _bytes(taken[i])
     return [{**doc, "text": taken[i]} for i, doc in enumerate(chosen)]
 
-
+# %% ../../nbs/42_train.pretrain.ipynb #a0bf106d
 def probe_texts(
     docs: list,  # document rows that are not trained on
     tokens: int,  # about so many in each of the two
@@ -112,7 +112,7 @@ def _scale_adapter(model, factor):
             if "lora_B" in name:
                 p.mul_(factor)
 
-
+# %% ../../nbs/42_train.pretrain.ipynb #989a2972
 def interpolate(
     model,  # a tuned model, with or without a LoRA adapter; changed in place
     base,  # function that gives its weights before training, by name; not called where an adapter is the change

@@ -38,7 +38,7 @@ def _raw_rows(path):
         return hub_rows(str(path), "train").to_list()
     return read_jsonl(path) if str(path).endswith(".jsonl") else read_json(path)
 
-
+# %% ../../nbs/43_train.sft.ipynb #1d425cc7
 def _instruction_row(row, where):
     "An instruction row of a messages- or alpaca-style row."
     if not isinstance(row, dict):
@@ -90,7 +90,7 @@ def _closed(text, start, answer):
     at = text.find(words, start)
     return not words or at < 0 or bool(text[at + len(words) :].strip())
 
-
+# %% ../../nbs/43_train.sft.ipynb #d1d08b1f
 def answer_spans(
     messages: list,  # a conversation
     tok,  # the tokenizer with its chat template
@@ -137,7 +137,7 @@ def _control_text(messages, text, tok, where):
         )
     return [found.span() for found in re.finditer(_BLANK + "+", shown)]
 
-
+# %% ../../nbs/43_train.sft.ipynb #356a5377
 def _as_text(control, tok):
     "Token ids of a control token's text, read as any other text."
     lead = tok("\n", add_special_tokens=False).input_ids  # some tokenizers put a space before the first word of a text
@@ -156,7 +156,7 @@ def _end_token(messages, start, tok, where):
     opens = tok(longer[len(text) :], add_special_tokens=False).input_ids[:1] if longer.startswith(text) else []
     return opens[0] if opens and opens[0] in _control_tokens(tok) else tok.eos_token_id
 
-
+# %% ../../nbs/43_train.sft.ipynb #8425e4d2
 def encode(
     messages: list,  # a conversation
     tok,  # tokenizer with a chat template
@@ -182,7 +182,7 @@ def _last_only(messages, tok, source, where):
         )
     return _row(messages, text, [(len(before), len(text))], [messages], tok, source, where)
 
-
+# %% ../../nbs/43_train.sft.ipynb #5a9da1e1
 def _tokens(text, spans, human, tok):
     "The token ids of a text, each with the characters `(id, start, end)` that it stands for."
     if tok.is_fast:
@@ -196,7 +196,7 @@ def _tokens(text, spans, human, tok):
         out += [(i, a, b) for i in ids]
     return out
 
-
+# %% ../../nbs/43_train.sft.ipynb #6e915d7d
 def _row(messages, text, spans, upto, tok, source, where):
     """The token row of a rendered conversation with labels on the `spans` of its text; `upto` are the turns up to
     each answer in `spans`."""
@@ -228,7 +228,7 @@ SFT_DEFAULTS = dict(
     forgetting_budget=0.1,  # general bits per byte may rise by this share at most in the chosen checkpoint
 )
 
-
+# %% ../../nbs/43_train.sft.ipynb #7fdec634
 def encode_all(
     rows: list,  # instruction rows; a row's "where" names it in errors
     tok,  # tokenizer with a chat template
@@ -272,7 +272,7 @@ def _fault(messages, tok):
     trained = any(label != -100 for r in coded for label in r["labels"][1:])
     return None if trained else "no token of the assistant's would be trained on."
 
-
+# %% ../../nbs/43_train.sft.ipynb #19457115
 def render_faults(
     rows: list,  # instruction rows
     tok,  # tokenizer with a chat template
