@@ -8,8 +8,179 @@ import pytest
 import yaml
 
 from domain_llm.core import InputError
-from domain_llm.run import experiments
-from domain_llm.run.recipe import check_recipe
+from domain_llm.run import experiments, training
+from domain_llm.run.arms import UNITS, abouts, arm_recipes, base_recipe, read_experiment, shipped
+from domain_llm.run.forecast import ceiling, claim_lines, group_count, plan_text, run_tokens
+from domain_llm.run.recipe import check_recipe, read_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = json.loads((ROOT / "tests" / "fixtures" / "experiments.json").read_text())
+KINDS = [dict(text="x" * 80000, kind=kind) for kind in ("standard", "book", "web", "news")]
+
+
+def arms_of(name, cfg, docs, tokens=None):
+    "Arms and reasons of an experiment, without running it."
+    what = read_experiment(name)
+    return arm_recipes(what, base_recipe(what, cfg, tokens), docs)
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_files_give_the_settings_that_the_code_before_them_gave(name):
+    "The table was written by the experiments as Python code, on four kinds of documents and the recorded recipes."
+    want = TABLE[name]
+    cfg = read_recipe(ROOT / "nbs" / "recipes" / f"{want['recipe']}.yaml")
+    arms, without = arms_of(name, cfg, KINDS, want["tokens"])
+    got = {arm: {k: made["recipe"][k] for k in ("mix", "select", "pretrain")} for arm, made in arms.items()}
+    assert got == want["arms"] and list(got) == list(want["arms"]) and without == want["without"]
+    assert read_experiment(name)["claims"] == [dict({"more": True}, **c) for c in want["claims"]]
+    assert {a for a in arms if arms[a]["rehearsed"]} == ({"rehearsal"} if name == "rehearse" else set())
+
+
+def record(stem):
+    return json.loads((ROOT / "nbs" / "results" / f"ablate_{stem}.json").read_text())
+
+
+def among(part, whole):
+    "Whether every setting of `part` has the same value in `whole`; a record lacks settings that came later."
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(among(v, whole.get(k)) for k, v in part.items())
+    return part == whole
+
+
+@pytest.mark.parametrize("stem", ["mix", "mix-domain", "mix-pilots", "rewarm", "rehearse", "select", "select-security"])
+def test_files_would_run_what_was_recorded(stem):
+    result = record(stem)
+    name = result["experiment"]
+    recipe = yaml.safe_load((ROOT / "nbs" / "recipes" / f"{RECIPES.get(stem, 'ablate')}.yaml").read_text())
+    recipe.pop("data", None)
+    kinds = 10 * KINDS[:3] if stem == "select-security" else KINDS  # its corpus was larger, without news
+    cfg = check_recipe({"demo": 8, **recipe})
+    arms, without = arms_of(name, cfg, kinds, result["mix"]["tokens"])
+    assert list(arms) == list(result["runs"]) and without == result.get("without", {})
+    for arm, made in result.get("arms", {}).items():
+        assert among(made["mix"], arms[arm]["recipe"]["mix"])
+        assert among(made["pretrain"], arms[arm]["recipe"]["pretrain"])
+        if name == "select":
+            assert among(made["select"], arms[arm]["recipe"]["select"])
+    keys = ("text", "metric", "arm", "base")
+    stated = [[c[k] for k in keys] for c in read_experiment(name)["claims"] if {c["arm"], c["base"]} <= set(arms)]
+    assert [[c[k] for k in keys] for c in result["claims"]] == stated
+
+
+RECIPES = {"select": "select", "select-security": "select-security", "rehearse": "rehearse"}
+
+FILE = """
+about: two arms
+equal: tokens
+arms:
+  low: {pretrain: {learning_rate: 10%}}
+  high: {}
+claims:
+  - {text: high learns more, metric: domain_bpb, arm: high, base: low, direction: less}
+"""
+
+
+@pytest.mark.parametrize(
+    "old, new, says",
+    [
+        ("arm: high", "arm: hihg", "claim 1: the arm is 'hihg' (did you mean 'high'?)"),
+        ("domain_bpb", "domain_bbp", "claim 1: the metric is 'domain_bbp' (did you mean 'domain_bpb'?)"),
+        ("direction: less", "direction: down", "one of: more, less"),
+        ("base: low", "base: high", "with itself"),
+        ("about: two arms", "about: [two", "line 3 is not valid YAML"),
+        ("  high: {}", "  low: {}", "line 6 is not valid YAML: 'low' stands twice"),
+        ("  high: {}", "  1:0: {}", "in quotes"),
+        ("  high: {}", "  high: {mix: {tokens: 5}}", "arm 'high' changes mix.tokens, but the experiment says"),
+        ("  high: {}", "  high: {corpus: {held_out: 0.2}}", "changes corpus, which is the same for all arms"),
+        ("  high: {}", "  high: {data: {questions: x}}", "changes data.questions"),
+        ("  high: {}", "  high: {stages: [pretrane]}", "did you mean 'pretrain'"),
+        ("  high: {}", "  high: 5", "must be a change to the recipe"),
+        ("  high: {}\n", "", "at least two"),
+        ("equal: tokens", "equal: token", "did you mean 'tokens'"),
+        ("equal: tokens", "equals: tokens", "unknown key 'equals' (did you mean 'equal'?)"),
+        ("text: high learns more, ", "", "claim 1 needs 'text'"),
+        ("direction: less", "matters: 0", "must be a number above 0"),
+    ],
+)
+def test_a_faulty_file_names_the_place(tmp_path, old, new, says):
+    assert old in FILE
+    (tmp_path / "e.yaml").write_text(FILE.replace(old, new, 1))
+    with pytest.raises(InputError) as e:
+        read_experiment(tmp_path / "e.yaml")
+    assert says in str(e.value)
+
+
+def test_a_wrong_setting_names_the_arm_before_any_data_are_read(tmp_path):
+    (tmp_path / "e.yaml").write_text(FILE.replace("high: {}", "high: {pretrain: {learning_rat: 1}}"))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(dict(demo=8, mix=dict(tokens=1000))))
+    with pytest.raises(InputError, match="arm 'high'.*did you mean 'learning_rate'"):
+        experiments.ablation(tmp_path / "e.yaml", tmp_path / "r.yaml", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+THEN = """
+equal: tokens
+arms:
+  documents: {stages: [pretrain]}
+  then instructions: {stages: [pretrain, sft]}
+  instructions: {stages: [sft]}
+  untrained: {stages: [prepare]}
+claims:
+  - {text: a, metric: domain_prob, arm: then instructions, base: documents}
+control: {text: b, metric: domain_bpb, arm: documents, base: untrained, direction: less}
+"""
+
+
+def test_arms_share_pretraining_and_may_fine_tune(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "e.yaml").write_text(THEN)
+    recipe = small(tiny_folder) | dict(mix=dict(tokens=600), evaluate=dict(questions=8, probe_tokens=100))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    done = []
+    real = experiments.run_stage
+
+    def counted(cfg, out, name, stage, model):
+        new, metrics = real(cfg, out, name, stage, model)
+        done.append(name) if new else None
+        return new, metrics
+
+    monkeypatch.setattr(experiments, "run_stage", counted)
+    result = experiments.ablation(tmp_path / "e.yaml", tmp_path / "r.yaml", seeds=1, output=tmp_path / "out")
+    assert sorted(done) == ["corpus", "pretrain", "sft", "sft"]
+    assert result["runs"]["untrained"]["0"] == result["before"]
+    seen = [m["0"]["domain_bpb"]["values"] for m in result["runs"].values()]
+    assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
+    assert "sft" in result["arms"]["then instructions"] and result["claims"][-1]["control"]
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_an_arm_without_instructions_is_left_out(tmp_path):
+    (tmp_path / "e.yaml").write_text(THEN)
+    (tmp_path / "docs").mkdir()
+    cfg = check_recipe(dict(data=dict(documents=str(tmp_path / "docs")), mix=dict(tokens=100)))
+    arms, without = arms_of(tmp_path / "e.yaml", cfg, [])
+    assert list(arms) == ["documents", "untrained"] and "no instructions" in without["instructions"]
+
+
+def test_the_plan_trains_nothing(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda *a, **k: pytest.fail("a plan trains nothing"))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(small(tiny_folder)))
+    said = experiments.planned_ablation("mix", tmp_path / "r.yaml", seeds=2, output=tmp_path / "out")
+    assert "5 arms x 2 seeds = 10 runs, about 15,000 training tokens" in said
+    assert all(c["text"] in said for c in read_experiment("mix")["claims"])
+    assert "time: about" in said and "either way" in said and "points can move" in said
+
+
+def test_plan_figures():
+    before = dict(domain_mcq=dict(values=[0, 1, 0, 0], groups=list("abcd")), general_bpb=dict(values=[2.0, 1.0]))
+    assert ceiling(before, "domain_mcq") == 0.75 and ceiling(before, "general_bpb") is None
+    claim = dict(text="t", metric="domain_mcq", arm="a", base="b")
+    assert "the first seed will tell" in claim_lines(claim, before, 3, [])[1]
+    cfg = dict(mix=dict(tokens=None, epochs=2, parts=dict(domain=1, general=3)), select=dict(tokens=None))
+    arm = dict(recipe=cfg, stages=["pretrain"])
+    assert run_tokens(arm, [dict(text="x" * 400)]) == 2 * 100 * 4
+    what = dict(name="n", about="a", equal="tokens", claims=[claim])
+    said = plan_text(what, dict(a=arm), dict(b="no reason"), before, 1, dict(documents=[], instructions=[]), [])
+    assert "not tested: there is no arm 'b'" in said and "no arm 'b': no reason" in said
 
 
 def small(folder):
@@ -57,7 +228,7 @@ def test_an_experiment_on_a_recipe_from_the_command_line(tiny_folder, tmp_path):
     kept.unlink()
     (out / "runs" / "run-killed.part" / "model").mkdir(parents=True)
     again = command("ablate", "mix", "--recipe", path, "--seeds", 2, "--output", out)
-    assert again.stdout.count("run ") == 1 and "1:5, seed 1" in again.stdout and not list(out.rglob("*.part"))
+    assert again.stdout.count(" of 10: ") == 1 and "1:5, seed 1" in again.stdout and not list(out.rglob("*.part"))
     assert (
         json.loads((out / "result.json").read_text())["runs"] == result["runs"]
     )  # the same settings and seed, the same figures
@@ -105,7 +276,7 @@ def test_the_other_experiments_train(tiny_folder, tmp_path, name, arms):
             ("constant", 2e-5),
         }
     if name == "rehearse":
-        (written,) = (tmp_path / "out" / "runs").glob("rehearsal-*.jsonl")
+        written = tmp_path / "out" / "rehearsal" / "rows.jsonl"
         rows = [json.loads(line) for line in written.read_text().splitlines()]
         assert (
             rows[0]["source"] == "rehearsal" and sum(len(r["text"]) for r in rows) > 300
@@ -120,13 +291,15 @@ def test_a_claim_needs_two_groups_of_items():
         two=dict(values=[1, 0], groups=["a", "b"]),
         texts=dict(values=[1.0, 2.0]),
     )
-    assert [experiments._groups(metrics, name) for name in ("one", "same", "two", "texts", "absent")] == [1, 1, 2, 2, 0]
+    assert [group_count(metrics, name) for name in ("one", "same", "two", "texts", "absent")] == [1, 1, 2, 2, 0]
 
 
 def test_help_names_every_experiment():
     said = command("ablate", "--help").stdout
-    for name in experiments.EXPERIMENTS:
-        assert name in said
+    for name, about in abouts().items():
+        assert name in said and about in said
+        assert read_experiment(name)["about"] == about
+    assert set(abouts()) == set(shipped()) == set(TABLE) and len(UNITS) == 6
 
 
 @pytest.mark.parametrize(
@@ -167,21 +340,21 @@ def test_an_experiment_on_documents_without_questions(tiny_folder, tmp_path):
 def test_kinds_that_are_not_there_give_no_arm(tmp_path):
     cfg = check_recipe(dict(demo=8, mix=dict(tokens=1000)))
     docs = [dict(text="x" * 640, kind=k) for k in ("standard", "web")]
-    arms, without = experiments._arms(experiments.EXPERIMENTS["select"], cfg, docs, "mark")
+    arms, without = arms_of("select", cfg, docs)
     assert (
         list(arms)[:3] == ["standard", "web", "by random"]
         and list(without) == ["book", "news", "near in meaning"]
         and "0 tokens" in without["book"]
     )
-    assert {a["select"]["tokens"] for a in arms.values()} == {80}  # a quarter of 1,280 bytes at four bytes a token
-    assert arms["by dsir"]["select"]["by"] == "dsir" and arms["web"]["select"]["kinds"] == ["web"]
+    assert {a["recipe"]["select"]["tokens"] for a in arms.values()} == {
+        80
+    }  # a quarter of 1,280 bytes at four bytes a token
+    assert arms["by dsir"]["recipe"]["select"]["by"] == "dsir" and arms["web"]["recipe"]["select"]["kinds"] == ["web"]
 
 
 def test_one_kind_has_no_target_for_dsir():
     cfg = check_recipe(dict(demo=8, mix=dict(tokens=1000)))
-    arms, without = experiments._arms(
-        experiments.EXPERIMENTS["select"], cfg, [dict(text="x" * 640, kind="book")] * 3, "mark"
-    )
+    arms, without = arms_of("select", cfg, [dict(text="x" * 640, kind="book")] * 3)
     assert list(arms) == ["book", "by random", "by prior", "by density", "by both", "by quality", "by diverse"]
     assert (
         list(without) == ["standard", "web", "news", "by dsir", "near in meaning"] and "one kind" in without["by dsir"]
@@ -190,12 +363,8 @@ def test_one_kind_has_no_target_for_dsir():
 
 def test_a_kind_with_less_text_than_the_budget_gives_no_arm():
     cfg = check_recipe(dict(demo=8, mix=dict(tokens=1000), select=dict(tokens=100)))
-    arms, without = experiments._arms(
-        experiments.EXPERIMENTS["select"],
-        cfg,
-        [dict(text="x" * n, kind=k) for n, k in ((1000, "standard"), (396, "news"))],
-        "mark",
-    )
+    docs = [dict(text="x" * n, kind=k) for n, k in ((1000, "standard"), (396, "news"))]
+    arms, without = arms_of("select", cfg, docs)
     assert "standard" in arms and without["news"] == "about 99 tokens of this kind, where 100 are selected"
     assert experiments.told(dict(experiment="select", before={}, runs={}, claims=[], without=without)).count(
         "no arm"
@@ -204,8 +373,9 @@ def test_a_kind_with_less_text_than_the_budget_gives_no_arm():
 
 def test_equal_domain_tokens_take_no_total(tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(dict(demo=8, mix=dict(tokens=30_000, epochs=2))))
-    assert experiments._checked("mix-domain", tmp_path / "r.yaml", 1, None)[1]["mix"]["tokens"] is None
-    assert experiments._checked("mix", tmp_path / "r.yaml", 1, None)[1]["mix"]["tokens"] == 30_000
+    cfg = read_recipe(tmp_path / "r.yaml")
+    assert base_recipe(read_experiment("mix-domain"), cfg)["mix"]["tokens"] is None
+    assert base_recipe(read_experiment("mix"), cfg)["mix"]["tokens"] == 30_000
 
 
 def test_an_arm_that_ran_dry_is_refused():
@@ -224,7 +394,10 @@ def test_an_arm_that_ran_dry_is_refused():
 
 def planned(shares, tokens, law):
     "A result of `mix-pilots` whose losses follow a law exactly."
-    name = lambda g, t: f"{g:.2f} {t}"
+
+    def name(g, t):
+        return f"{g:.2f} {t}"
+
     arms = {
         name(g, t): dict(
             mix=dict(parts=dict(domain=1, instructions=1, **({"general": 2 * g / (1 - g)} if g else {})), tokens=t)
@@ -258,11 +431,12 @@ def test_pilots_count_everything_but_general_text_as_domain():
 
 
 def test_advice_finds_the_share_that_keeps_the_budget():
-    "General loss 1 + 0.02 (t / 1000)^0.5 / (g + 0.1) at 30,000 tokens: within 15% from g = 0.63; the domain's loss falls with its share."
-    law = lambda share, t: (
-        0.5 + 0.1 / (share + 0.2) + 0.2 * (1000 / t) ** 0.5,
-        1 + 0.02 * (t / 1000) ** 0.5 / (share + 0.1),
-    )
+    "General loss 1 + 0.02 (t / 1000)^0.5 / (g + 0.1) at 30,000 tokens: within 15% from g = 0.63."
+
+    def law(share, t):  # the domain's loss falls with its share
+        domain = 0.5 + 0.1 / (share + 0.2) + 0.2 * (1000 / t) ** 0.5
+        return domain, 1 + 0.02 * (t / 1000) ** 0.5 / (share + 0.1)
+
     result = planned((0, 0.25, 0.5, 0.75, 0.9), (3000, 6000, 9000), law)
     found, _ = experiments.advise(result, 0.15)
     want = 0.02 * 30**0.5 / 0.15 - 0.1
