@@ -29,11 +29,15 @@ def word(text, cells=""):
     main = "application/vnd.openxmlformats-officedocument.wordprocessingml.document.main+xml"
     office = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
     parts = {
-        "[Content_Types].xml": '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">'
-        '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.'
-        f'relationships+xml"/><Override PartName="/word/document.xml" ContentType="{main}"/></Types>',
-        "_rels/.rels": '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships">'
-        f'<Relationship Id="r" Type="{office}/officeDocument" Target="word/document.xml"/></Relationships>',
+        "[Content_Types].xml": (
+            f'<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">'
+            f'<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.'
+            f'relationships+xml"/><Override PartName="/word/document.xml" ContentType="{main}"/></Types>'
+        ),
+        "_rels/.rels": (
+            f'<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships">'
+            f'<Relationship Id="r" Type="{office}/officeDocument" Target="word/document.xml"/></Relationships>'
+        ),
         "word/document.xml": f"<w:document {space}><w:body>"
         + "".join(f"<w:p><w:r><w:t>{line}</w:t></w:r></w:p>" for line in text.splitlines())
         + cells
@@ -56,8 +60,8 @@ HOSTILE = {
     "binary.txt": b"\0\1\2" * 400,
     "wide.docx": word("A table.", WIDE),
     "no-archive.docx": b"PK\3\4 cut",
-    "undefined.html": b"<meta charset=undefined><p>A page in no encoding, about a pump, long enough to be read.</p>"
-    * 5,
+    "undefined.html": 5
+    * (b"<meta charset=undefined><p>A page in no encoding, about a pump and its valve, long enough to be read.</p>"),
     "fences.md": b"```\n" * 30_000,
     "nested.html": b"<div>" * 20_000 + b"deep",
     "long.md": b"a" * 1_500_000,

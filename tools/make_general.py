@@ -194,50 +194,63 @@ def generate(out, n_text, n_instruct, seed, slots, threads):
             f.flush()
 
 
+def usable(
+    rows,  # what `generate` kept, in the order of their ids
+):
+    "The rows that are clean, long enough and unlike the ones before: (texts, conversations, how many were dropped)."
+    seen, text, chat = [], [], []
+    for row in rows:
+        cleaned = clean(row["text"])
+        words = len(cleaned.split()) if cleaned else 0
+        if row["task"] == "text":
+            fits = words >= 60
+        else:
+            fits = words > 40 or row["finish"] != "length"
+        if not cleaned or not fits:
+            continue
+        own = shingles(cleaned)
+        if any(len(own & other) > 0.3 * min(len(own), len(other)) for other in seen):
+            continue
+        seen.append(own)
+        (text if row["task"] == "text" else chat).append(dict(row, text=cleaned))
+    return text, chat, len(rows) - len(seen)
+
+
+def divide(text, train_tokens, probe_tokens):
+    "The texts for the probe (one in nine, across all forms) and for training, and the tokens of each."
+    most = dict(probe=probe_tokens, train=train_tokens)
+    split, used = dict(probe=[], train=[]), dict(probe=0, train=0)
+    for i, row in enumerate(text):
+        part = "probe" if i % 9 == 4 and used["probe"] < probe_tokens else "train"
+        if used[part] < most[part]:
+            split[part].append(row)
+            used[part] += row["tokens"]
+    return split, used
+
+
+def document(row):
+    "A row as a document."
+    return dict(text=row["text"], source="SmolLM2-135M-Instruct", kind="general", id=f"general-{row['id']}")
+
+
+def conversation(row):
+    "A row as a conversation."
+    asked = dict(role="user", content=row["prompt"])
+    answered = dict(role="assistant", content=row["text"])
+    return dict(messages=[asked, answered], task=f"general_{row['task']}")
+
+
 def pack(out, folder, train_tokens, probe_tokens):
     "Filter, remove near-duplicates, split and write the three gzipped JSON Lines files (no time stamp: same bytes)."
-    rows = sorted(
-        (json.loads(line) for line in (Path(out) / "raw.jsonl").open()), key=lambda r: (r["id"][0], int(r["id"][1:]))
-    )
-    seen, text, chat, drop = [], [], [], 0
-    for r in rows:
-        t = clean(r["text"])
-        if (
-            not t
-            or (r["task"] == "text" and len(t.split()) < 60)
-            or (r["task"] != "text" and r["finish"] == "length" and len(t.split()) <= 40)
-        ):
-            drop += 1
-            continue
-        s = shingles(t)
-        if any(len(s & o) > 0.3 * min(len(s), len(o)) for o in seen):
-            drop += 1
-            continue
-        seen.append(s)
-        (text if r["task"] == "text" else chat).append(dict(r, text=t))
-    split, used = dict(probe=[], train=[]), dict(probe=0, train=0)
-    for i, r in enumerate(text):  # one text in nine to the probe, across all forms
-        k = "probe" if i % 9 == 4 and used["probe"] < probe_tokens else "train"
-        if used[k] < dict(probe=probe_tokens, train=train_tokens)[k]:
-            split[k].append(r)
-            used[k] += r["tokens"]
-    for k, rs in split.items():
-        write(
-            Path(folder) / f"general_{k}.jsonl.gz",
-            [dict(text=r["text"], source="SmolLM2-135M-Instruct", kind="general", id=f"general-{r['id']}") for r in rs],
-        )
-    write(
-        Path(folder) / "general_instructions.jsonl.gz",
-        [
-            dict(
-                messages=[dict(role="user", content=r["prompt"]), dict(role="assistant", content=r["text"])],
-                task=f"general_{r['task']}",
-            )
-            for r in chat
-        ],
-    )
+    rows = [json.loads(line) for line in (Path(out) / "raw.jsonl").open()]
+    rows.sort(key=lambda r: (r["id"][0], int(r["id"][1:])))
+    text, chat, dropped = usable(rows)
+    split, used = divide(text, train_tokens, probe_tokens)
+    for part, own in split.items():
+        write(Path(folder) / f"general_{part}.jsonl.gz", [document(row) for row in own])
+    write(Path(folder) / "general_instructions.jsonl.gz", [conversation(row) for row in chat])
     kept = ", ".join(f"{name} {len(split[name])} ({used[name]} tokens)" for name in ("train", "probe"))
-    print(f"{len(rows)} raw, {drop} dropped; {kept}, instructions {len(chat)}")
+    print(f"{len(rows)} raw, {dropped} dropped; {kept}, instructions {len(chat)}")
 
 
 def write(path, rows):
