@@ -125,7 +125,8 @@ def _ablate(sub):
 {listed}
 
 Every arm runs with every seed; finished runs are kept, so the same command resumes after an interruption.
-The plan is printed first, the verdicts at the end; the folder gets result.json, effects.png (the claims) and trade.png (gain against loss)."""
+The plan is printed first, the verdicts at the end; the folder gets result.json,
+effects.png (the claims) and trade.png (gain against loss)."""
     c = _command(sub, "ablate", commands.ablate, "test a rule of thumb on your documents and model", more)
     c.add_argument("experiment", help=" or ".join(known) + ", or a YAML file of your own")
     c.add_argument("--recipe", metavar="FILE", help="documents, model and settings; the demo's when not given")

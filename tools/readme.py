@@ -1,4 +1,7 @@
-"""Write README.md and its pictures from nbs/index.ipynb (`--check`: only say whether they are current, by the exit status)."""
+"""Write README.md and its pictures from nbs/index.ipynb.
+
+With `--check`, only say whether they are current, by the exit status.
+"""
 
 import re
 import sys
@@ -13,7 +16,9 @@ IMAGES = "nbs/images"
 
 
 def readme():
-    "The text of README.md and the pictures in it, as file -> bytes: the index notebook as Markdown, code cells hidden, their outputs kept."
+    """The text of README.md and the pictures in it, as file -> bytes.
+
+    The index notebook as Markdown, code cells hidden, their outputs kept."""
     nb = nbformat.read(root / "nbs" / "index.ipynb", 4)
     nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
     pictures = {}

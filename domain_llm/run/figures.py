@@ -195,7 +195,7 @@ def plot_seeds(
     runs: list,  # recorded runs of the demo, one per seed
     budget: float,  # share by which general bits per byte may rise
 ):
-    "What runs of several seeds learnt and forgot, a point a run: exams before and after, and the change of general text."
+    "What runs of several seeds learnt and forgot, a point a run: exams before and after, change of general text."
     fig, (left, right) = _axes(9, 3.4, 2, width_ratios=[3, 1])
     for x, key in enumerate(EXAMS.values()):
         for when, shift, mark, colour in (("before", -0.15, "o", GREY), ("after", 0.15, "s", BLUE)):
