@@ -402,7 +402,7 @@ def recorder():
 
 
 def test_a_record_is_judged_again_by_machine(tmp_path):
-    "Two machines of four facts with two questions each: eight groups by fact, two by machine, which can agree by chance."
+    "Two machines of four facts with two questions each: eight groups by fact, two by machine."
     groups = [f"F{i // 2:05d}" for i in range(16)]
     runs = {
         arm: {"0": dict(mcq=dict(values=[v] * 16, groups=groups), bpb=dict(values=[1.0, 2.0]))}

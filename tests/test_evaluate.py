@@ -350,7 +350,7 @@ def test_picks_equal_lm_eval(model, tok, bench, name):
 
 
 def test_picks_equal_lm_eval_on_500_real_questions(bench):
-    "The demo model in float32 on short MMLU questions; a pick may differ only where two options are level within rounding."
+    "The demo model in float32 on short MMLU questions; a pick may differ only where two options are level."
     lm_eval_or_skip()
     rows = sorted(
         bench.mmlu(10**6), key=lambda r: len(r["question"]) * len(r["choices"]) + sum(map(len, r["choices"]))
@@ -1050,7 +1050,7 @@ def test_screen_draws_groups_together():
 
 
 def draw(rng, rates, luck=0.1):
-    "Answers of checkpoints with these rates on 40 facts of unequal difficulty; each checkpoint has its luck with each fact."
+    "Answers of checkpoints with these rates on 40 facts of unequal difficulty; each has its luck with each fact."
     hard = np.repeat(rng.uniform(-0.2, 0.2, 40), 3) + rng.uniform(-0.15, 0.15, 120)
     return {
         i: quiz(rng.random(120) < rate + hard + np.repeat(rng.choice([-luck, luck], 40), 3), FACTS)
