@@ -83,13 +83,15 @@ def test_one_group_tells_nothing_of_others():
 
 
 def test_order_within_a_group_is_no_spread():
-    "The change is a third in either group; only the order of the items differs, whose rounding must not look like a tiny scatter."
+    "The change is a third in either group; rounding in another order of the items must not look like a tiny scatter."
     r = difference([[1, 0, 0, 0, 0, 1]], [[0] * 6], ["a"] * 3 + ["b"] * 3)
     assert r["low"] is None and r["p"] == 0.5
 
 
 def test_numpy_values_survive_the_disk(tmp_path):
-    measure = lambda settings, seed: dict(mcq=dict(values=np.array([1.0, 0.0]), groups=np.array(["a", "b"])))
+    def measure(settings, seed):
+        return dict(mcq=dict(values=np.array([1.0, 0.0]), groups=np.array(["a", "b"])))
+
     first = run_arms(measure, arms_of(), (0,), tmp_path)
     assert run_arms(None, arms_of(), (0,), tmp_path) == first and first["1:0"]["0"]["mcq"] == dict(
         values=[1.0, 0.0], groups=["a", "b"]
@@ -134,7 +136,10 @@ def runs_of(means, n=300, seeds=3):
 
 def test_verdicts_and_margin():
     runs = runs_of({"base": 0.5, "same": 0.5, "up": 0.6, "down": 0.4})
-    claim = lambda arm, **kw: dict(text="t", metric="mcq", arm=arm, base="base", **kw)
+
+    def claim(arm, **kw):
+        return dict(text="t", metric="mcq", arm=arm, base="base", **kw)
+
     said = verdict(
         runs,
         [
@@ -188,16 +193,17 @@ def test_what_only_the_correction_leaves_open_asks_for_more():
 def test_needed_sizes_by_hand():
     "At the size that it asks for, the difference is t(0.975) + t(0.8) standard errors."
     n = needed(dict(diff=0.1, low=0, high=0.2, parts=dict(seed=0.0, group=0.5, both=1.0), seeds=1, groups=40))
-    least = lambda G: (stats.t.ppf(0.975, G - 1) + stats.t.ppf(0.8, G - 1)) * np.sqrt(1.5 / G)
+
+    def least(G):
+        return (stats.t.ppf(0.975, G - 1) + stats.t.ppf(0.8, G - 1)) * np.sqrt(1.5 / G)
+
     assert least(n["groups"]) <= 0.1 < least(n["groups"] - 1)
     assert (
         needed(dict(diff=0.1, low=0, high=0.2, parts=dict(seed=0.0, group=0.5, both=1.0), seeds=3, groups=40))["seeds"]
         is None
     )  # forty groups alone leave more than the difference
     few = needed(dict(diff=1.0, low=0, high=2, parts=dict(seed=0.5, group=0.0, both=0.0), seeds=2, groups=40))["seeds"]
-    assert (
-        few == 7
-    )  # by hand: t(6) = 2.447 and 0.906, times sqrt(0.5 / 7) is 0.90; t(5) = 2.571 and 0.920 times sqrt(0.5 / 6) gives 1.01
+    assert few == 7  # t(6) = 2.447 and 0.906, times sqrt(0.5 / 7) is 0.90; six seeds give 1.01
     assert needed(dict(diff=1.0, low=None, high=None, parts=dict(seed=0, group=0, both=0), seeds=1, groups=1)) == dict(
         groups=None, seeds=None
     )
@@ -217,7 +223,7 @@ def drawn(rng, true, parts, S, G):
     [dict(seed=0.0, group=0.3, both=0.6), dict(seed=0.002, group=0.3, both=0.6), dict(seed=0.05, group=0.05, both=0.6)],
 )
 def test_needed_has_the_power_it_says(parts):
-    "80% by the t approximation; the interval's own degrees of freedom are estimated, which costs or gives a few points."
+    "80% by the t approximation; estimated degrees of freedom cost or give a few points."
     rng, sizes = np.random.default_rng(3), needed(dict(diff=0.25, low=0, high=0.4, parts=parts, seeds=5, groups=100))
     for S, G in ((5, sizes["groups"]), (sizes["seeds"], 100)):
         if S and G:
@@ -252,9 +258,12 @@ def close_runs(n=60, seeds=4):
     "Arms that differ by 0.3 (up), 0.03 (near) and not at all (same), with a little noise."
     rng = np.random.default_rng(1)
     true = dict(base=0.5, up=0.8, near=0.53, same=0.5)
-    draw = lambda m: dict(
-        mcq=dict(values=(m + rng.normal(0, 0.1, n)).tolist()), bpb=dict(values=(m + rng.normal(0, 0.1, n)).tolist())
-    )
+
+    def draw(m):
+        return dict(
+            mcq=dict(values=(m + rng.normal(0, 0.1, n)).tolist()), bpb=dict(values=(m + rng.normal(0, 0.1, n)).tolist())
+        )
+
     return {a: {str(s): draw(m) for s in range(seeds)} for a, m in true.items()}
 
 
@@ -264,7 +273,10 @@ def claimed(arm, metric="mcq", **more):
 
 def test_too_small_to_matter_needs_a_stated_size_and_a_control():
     runs, control = close_runs(), claimed("up", control=True)
-    verdicts = lambda *claims: [c["verdict"] for c in verdict(runs, list(claims))]
+
+    def verdicts(*claims):
+        return [c["verdict"] for c in verdict(runs, list(claims))]
+
     assert verdicts(control, claimed("same", matters=0.06)) == ["supported", "too small to matter"]
     assert verdicts(control, claimed("same")) == ["supported", "not resolved at this size"]
     assert verdicts(claimed("up"), claimed("same", matters=0.06)) == [
@@ -311,7 +323,10 @@ def test_a_true_difference_is_rarely_called_too_small(monkeypatch):
     "True difference exactly at the margin: 2.5% by theory."
     monkeypatch.setattr(gc, "collect", lambda: 0)  # statsmodels calls it each time, which is most of the time
     rng, wrong = np.random.default_rng(0), 0
-    values = lambda m: dict(mcq=dict(values=(m + rng.normal(0, 0.1, 30)).tolist()))
+
+    def values(m):
+        return dict(mcq=dict(values=(m + rng.normal(0, 0.1, 30)).tolist()))
+
     for _ in range(300):
         runs = {a: {str(s): values(m) for s in range(3)} for a, m in dict(base=0, up=1, edge=0.05).items()}
         wrong += (
@@ -387,7 +402,7 @@ def recorder():
 
 
 def test_a_record_is_judged_again_by_machine(tmp_path):
-    "Two machines of four facts each with two questions: by fact there are eight groups that agree, by machine two, which can agree by chance."
+    "Two machines of four facts with two questions each: eight groups by fact, two by machine."
     groups = [f"F{i // 2:05d}" for i in range(16)]
     runs = {
         arm: {"0": dict(mcq=dict(values=[v] * 16, groups=groups), bpb=dict(values=[1.0, 2.0]))}

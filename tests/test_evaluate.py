@@ -350,7 +350,7 @@ def test_picks_equal_lm_eval(model, tok, bench, name):
 
 
 def test_picks_equal_lm_eval_on_500_real_questions(bench):
-    "The demo model in float32 on the shortest MMLU questions; a pick may differ only where the two best options are level within rounding."
+    "The demo model in float32 on short MMLU questions; a pick may differ only where two options are level."
     lm_eval_or_skip()
     rows = sorted(
         bench.mmlu(10**6), key=lambda r: len(r["question"]) * len(r["choices"]) + sum(map(len, r["choices"]))
@@ -473,9 +473,8 @@ def test_circular_keeps_a_question_together(monkeypatch):
     rows = [dict(question=f"{i}", choices=["a", "b", "c", "d"], answer=i % 4) for i in range(30)]
     r = circular(None, None, rows, knows={str(i) for i in range(15)})
     assert r["groups"] == list(range(30)) and (r["low"], r["high"]) == wilson(15, 30)
-    share = (
-        75 / 120
-    )  # A: a quarter of the known ones, all of the others; whole questions differ, so the interval is wider than that of 120 free picks
+    # A: a quarter of the known ones, all of the others; the interval is wider than that of 120 free picks
+    share = 75 / 120
     first = r["positions"][0]
     assert first["picked"] == share and first["high"] - first["low"] > wilson(75, 120)[1] - wilson(75, 120)[0]
 
@@ -951,12 +950,16 @@ def test_results_without_an_interval_are_json(model, tok):
 
 
 def test_retention():
-    text = lambda f: dict(
-        bpb=0.8 * f, low=0.7 * f, high=0.9 * f, bytes=300, tokens=90, docs=[(f * n, 100) for n in (50, 60, 70)]
-    )
-    quiz = lambda c: dict(
-        accuracy=sum(c) / len(c), correct=c, low=0.3, high=0.9, chance=0.25, n=len(c), groups=list(range(len(c)))
-    )
+    def text(f):
+        return dict(
+            bpb=0.8 * f, low=0.7 * f, high=0.9 * f, bytes=300, tokens=90, docs=[(f * n, 100) for n in (50, 60, 70)]
+        )
+
+    def quiz(c):
+        return dict(
+            accuracy=sum(c) / len(c), correct=c, low=0.3, high=0.9, chance=0.25, n=len(c), groups=list(range(len(c)))
+        )
+
     a, b = [True] * 61 + [False] * 39, [True] * 60 + [False] * 40
     r = retention(
         {"general ability": text(1), "common knowledge": quiz(a)},
@@ -964,8 +967,8 @@ def test_retention():
     )
     assert r["general ability"]["ratio"] == pytest.approx(1.021) and r["general ability"]["low"] == pytest.approx(1.021)
     assert (
-        r["verdict"]
-        == "general ability: 2.1% more bits per byte (95% interval +2.1% to +2.1%); common knowledge: 61% -> 60%, no significant change (p=0.32, 95% interval -3 to +1 points)"
+        r["verdict"] == "general ability: 2.1% more bits per byte (95% interval +2.1% to +2.1%); "
+        "common knowledge: 61% -> 60%, no significant change (p=0.32, 95% interval -3 to +1 points)"
     )  # one of a hundred: t(99) is 1
     assert "a significant change" in retention({"q": quiz(a)}, {"q": quiz([False] * 100)})["verdict"]
     assert "fewer bits" in retention({"t": text(1)}, {"t": text(0.9)})["verdict"]
@@ -1047,7 +1050,7 @@ def test_screen_draws_groups_together():
 
 
 def draw(rng, rates, luck=0.1):
-    "Answers of checkpoints with these rates on one set of 40 facts: facts and questions differ in difficulty, and each checkpoint has its luck with each fact."
+    "Answers of checkpoints with these rates on 40 facts of unequal difficulty; each has its luck with each fact."
     hard = np.repeat(rng.uniform(-0.2, 0.2, 40), 3) + rng.uniform(-0.15, 0.15, 120)
     return {
         i: quiz(rng.random(120) < rate + hard + np.repeat(rng.choice([-luck, luck], 40), 3), FACTS)
@@ -1065,7 +1068,10 @@ def test_equal_checkpoints_are_called_equal(monkeypatch):
     from statsmodels.stats.multitest import multipletests
 
     skip_what_is_not_tested(monkeypatch)
-    holm = lambda p: multipletests(p, method="holm")[0]
+
+    def holm(p):
+        return multipletests(p, method="holm")[0]
+
     rng, runs = np.random.default_rng(0), 200
     sets = [draw(rng, [0.5] * 8) for _ in range(runs)]
     found = [screen(s) for s in sets]
