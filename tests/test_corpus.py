@@ -630,7 +630,8 @@ def test_damaged_documents_end_in_the_skipped_list(tmp_path):
         ("a\u200bb\ufeffc\x07", "abc"),
         ("a\u00a0b", "a b"),
         (
-            "We use cookies to improve your visit. Accept all\nThe valve opens.\n© 2024 Valve Ltd. All rights reserved.",
+            "We use cookies to improve your visit. Accept all\nThe valve opens.\n"
+            "© 2024 Valve Ltd. All rights reserved.",
             "The valve opens.",
         ),
         ("Home | Products | Contact us\nText.", "Text."),

@@ -2,8 +2,10 @@
 
     python tools/bench_pages.py [--every 8] [--folder ../shared/data/security/web]
 
-Each Markdown document is rendered to HTML and set into the frames of typical sites. Words are compared as multisets with those of the rendered document: precision (no furniture) and recall (nothing lost);
-then the share of headings, table rows and code lines that are still such. A document is used whole and, as a short page, with its first twelve paragraphs.
+Each Markdown document is rendered to HTML and set into the frames of typical sites. Words are compared as multisets
+with those of the rendered document: precision (no furniture) and recall (nothing lost); then the share of headings,
+table rows and code lines that are still such. A document is used whole and, as a short page, with its first twelve
+paragraphs.
 """
 
 import argparse
@@ -28,8 +30,14 @@ SIDE = (
     )
     + "</ul>"
 )
-COOKIE = "<p>We use cookies to improve your visit. By continuing you agree to our cookie policy.</p><button>Accept all</button>"
-RELATED = "<h4>Related articles</h4><ul><li><a href='/1'>Ten things you did not know</a></li><li><a href='/2'>The best tools of the year</a></li></ul>"
+COOKIE = (
+    "<p>We use cookies to improve your visit. By continuing you agree to our cookie policy.</p>"
+    "<button>Accept all</button>"
+)
+RELATED = (
+    "<h4>Related articles</h4><ul><li><a href='/1'>Ten things you did not know</a></li>"
+    "<li><a href='/2'>The best tools of the year</a></li></ul>"
+)
 FOOT = (
     "".join(
         f"<div><h4>{h}</h4><ul>"
@@ -40,17 +48,42 @@ FOOT = (
     + "<p>Copyright 2024 Foundation. All rights reserved.</p>"
 )
 COMMENTS = "".join(
-    f"<div class='comment'><b>user{i}</b> <p>Thanks, this helped me a lot with my project number {i}, great write up.</p><a href='#'>Reply</a></div>"
+    f"<div class='comment'><b>user{i}</b> <p>Thanks, this helped me a lot with my project number {i}, "
+    "great write up.</p><a href='#'>Reply</a></div>"
     for i in range(6)
 )
 
 FRAMES = {
-    "main and nav elements": "<header><nav>{NAV}</nav></header><div class='cookie-banner'>{COOKIE}</div><main>{body}</main><aside>{SIDE}{RELATED}</aside><footer>{FOOT}</footer>",
-    "a blog's classes": "<div id='masthead' class='site-header'>{NAV}</div><div class='site-content'><div class='hentry'><div class='entry-meta'>Posted on 3 May by admin</div><div class='entry-content'>{body}</div></div><div class='comments-area'>{COMMENTS}</div></div><div class='widget-area'>{SIDE}</div><div class='site-footer'>{FOOT}</div>",
-    "a wiki's classes": "<div id='content' class='mw-body'><div id='siteSub'>From Wiki</div><div id='mw-content-text'>{body}</div><div id='catlinks'>Categories: <a>Security</a></div></div><div id='mw-navigation'>{NAV}{SIDE}</div><div id='footer'>{FOOT}</div>",
-    "classes without meaning": "<div class='css-1'>{NAV}</div><div class='css-2'>{COOKIE}</div><div class='css-3'><div class='css-4'>{SIDE}</div><div class='css-5'>{body}</div><div class='css-6'>{RELATED}{COMMENTS}</div></div><div class='css-7'>{FOOT}</div>",
-    "a table as layout": "<table><tr><td colspan=2>{NAV}</td></tr><tr><td>{SIDE}</td><td>{body}</td></tr><tr><td colspan=2>{FOOT}</td></tr></table>",
-    "furniture inside": "<div id='top'>{NAV}</div><div class='post-content'><div class='share-buttons'><p>Share this on <a>Facebook</a></p></div>{body}<div class='newsletter'><p>Subscribe to our newsletter and get the latest posts every week.</p></div><div class='related-posts'>{RELATED}</div></div><div>{FOOT}</div>",
+    "main and nav elements": (
+        "<header><nav>{NAV}</nav></header><div class='cookie-banner'>{COOKIE}</div><main>{body}</main>"
+        "<aside>{SIDE}{RELATED}</aside><footer>{FOOT}</footer>"
+    ),
+    "a blog's classes": (
+        "<div id='masthead' class='site-header'>{NAV}</div><div class='site-content'><div class='hentry'>"
+        "<div class='entry-meta'>Posted on 3 May by admin</div><div class='entry-content'>{body}</div></div>"
+        "<div class='comments-area'>{COMMENTS}</div></div><div class='widget-area'>{SIDE}</div>"
+        "<div class='site-footer'>{FOOT}</div>"
+    ),
+    "a wiki's classes": (
+        "<div id='content' class='mw-body'><div id='siteSub'>From Wiki</div>"
+        "<div id='mw-content-text'>{body}</div><div id='catlinks'>Categories: <a>Security</a></div></div>"
+        "<div id='mw-navigation'>{NAV}{SIDE}</div><div id='footer'>{FOOT}</div>"
+    ),
+    "classes without meaning": (
+        "<div class='css-1'>{NAV}</div><div class='css-2'>{COOKIE}</div><div class='css-3'>"
+        "<div class='css-4'>{SIDE}</div><div class='css-5'>{body}</div>"
+        "<div class='css-6'>{RELATED}{COMMENTS}</div></div><div class='css-7'>{FOOT}</div>"
+    ),
+    "a table as layout": (
+        "<table><tr><td colspan=2>{NAV}</td></tr><tr><td>{SIDE}</td><td>{body}</td></tr><tr>"
+        "<td colspan=2>{FOOT}</td></tr></table>"
+    ),
+    "furniture inside": (
+        "<div id='top'>{NAV}</div><div class='post-content'><div class='share-buttons'>"
+        "<p>Share this on <a>Facebook</a></p></div>{body}<div class='newsletter'>"
+        "<p>Subscribe to our newsletter and get the latest posts every week.</p></div>"
+        "<div class='related-posts'>{RELATED}</div></div><div>{FOOT}</div>"
+    ),
     "nothing around": "{body}",
 }
 
@@ -82,14 +115,14 @@ def measure(documents, frame, reader):
         got += sum(b.values())
         lines = text.split("\n")
         sets = dict(
-            headings={plain(l) for l in lines if l.startswith("#")},
-            rows={plain(l) for l in lines if "|" in l},
-            code={l.rstrip() for l in lines},
+            headings={plain(line) for line in lines if line.startswith("#")},
+            rows={plain(line) for line in lines if "|" in line},
+            code={line.rstrip() for line in lines},
         )
         parts = dict(
             headings=[plain(h.get_text()) for h in truth.find_all(re.compile("^h[1-6]$"))],
             rows=[plain(r.get_text(" ")) for r in truth.find_all("tr")],
-            code=[l.rstrip() for p in truth.find_all("pre") for l in p.get_text().split("\n") if l.strip()],
+            code=[line.rstrip() for p in truth.find_all("pre") for line in p.get_text().split("\n") if line.strip()],
         )
         for k, v in parts.items():
             there[k] += len(v)
@@ -111,17 +144,11 @@ def main():
         "--folder", default=str(Path(__file__).resolve().parents[2] / "shared" / "data" / "security" / "web")
     )
     a = parser.parse_args()
-    alone = lambda page: (
-        trafilatura.extract(
-            page,
-            output_format="markdown",
-            include_tables=True,
-            include_formatting=True,
-            include_links=False,
-            include_comments=False,
-        )
-        or ""
-    )
+    settings = dict(include_tables=True, include_formatting=True, include_links=False, include_comments=False)
+
+    def alone(page):
+        return trafilatura.extract(page, output_format="markdown", **settings) or ""
+
     readers = {"ours": lambda page: html_text("page.html", page.encode()), "trafilatura": alone}
     markdown = MarkdownIt("commonmark").enable("table")
     texts = [p.read_text(encoding="utf-8") for p in sorted(Path(a.folder).glob("*.md"))[:: a.every]]

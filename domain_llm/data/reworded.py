@@ -71,7 +71,7 @@ def _holders(
     share,  # of the weight, that must be reached
     having,  # rows of each word
 ):
-    "Rows that can reach the share: those with one of the rarest words that together weigh more than what may be missing."
+    "Rows that can reach the share: those with one of the rarest words that together weigh more than may be missing."
     rest, out = (1 - share) * sum(weights.values()), set()
     for u in sorted(weights, key=lambda u: len(having[u])):
         out.update(having[u].tolist())
