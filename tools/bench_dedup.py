@@ -1,12 +1,12 @@
-"""Near-duplicate removal beside datasketch's MinHashLSH, on the same documents; writes nbs/results/bench_dedup.json.
+"""Near-duplicates beside datasketch's MinHashLSH: same documents, one run; writes nbs/results/bench_dedup.json.
 
     python tools/bench_dedup.py [--documents 200000] [--rounds 1]
 
-Documents of 200 words are drawn by Zipf's law from the words of Python's own documentation. One in twenty is an
-edited copy of another one (case and layout alone, 2 words, or 4 words of the 200: truly similar), and one in twenty a
-heavily edited one (20 or 60 words: not similar). Each arm runs in a process of its own on a quarter, a half and all
-of the documents; its seconds hold everything from the list of texts to the list of pairs, its memory is the peak
-above the texts themselves.
+Documents of 200 words are drawn by Zipf's law from the words of Python's own documentation. One in twenty is an edited
+copy of another one (case and layout alone, 2 words, or 4 words of the 200: truly similar), and one in twenty a heavily
+edited one (20 or 60 words: not similar). Each arm runs in a process of its own on a quarter, a half and all of the
+documents; its seconds hold everything from the list of texts to the list of pairs, its memory is the peak above the
+texts themselves.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def ours(texts):
 
 
 def datasketch(texts):
-    "MinHashLSH with 128 permutations; of what its index proposes, pairs whose signatures agree in 0.7 of their places."
+    "MinHashLSH with 128 permutations; what its index proposes is kept when the signatures agree in 0.7 of places."
     from datasketch import MinHash, MinHashLSH
 
     lsh, found, signatures = MinHashLSH(threshold=THRESHOLD, num_perm=128), set(), []
@@ -97,14 +97,14 @@ def similarity(texts, planted, most=200):
         a, b = word_shingles(a), word_shingles(b)
         return len(a & b) / len(a | b)
 
-    def span(how, pairs):
-        values = [how(texts[i], texts[j]) for i, j in sorted(pairs)[:most]]
-        return [round(min(values), 3), round(max(values), 3)]
+    def in_bytes(a, b):
+        return jaccard(shingles(a), shingles(b))
 
-    return {
-        level: dict(words=span(words, p), bytes=span(lambda a, b: jaccard(shingles(a), shingles(b)), p))
-        for level, p in planted.items()
-    }
+    def span(how, pairs):
+        found = [how(texts[i], texts[j]) for i, j in sorted(pairs)[:most]]
+        return [round(min(found), 3), round(max(found), 3)]
+
+    return {level: dict(words=span(words, pairs), bytes=span(in_bytes, pairs)) for level, pairs in planted.items()}
 
 
 def measure(name, n):
@@ -152,10 +152,8 @@ def bench(n, rounds):
                 r = arm(a, s)
                 runs[a][s].append(r)
                 print(
-                    (
-                        f"{a:<11}{s:>8,} documents: {r['documents_per_second']:>7,}/s, {r['memory_mb']:>6,} MB, "
-                        f"recall {r['recall']:.4f}, precision {r['precision']:.4f}"
-                    ),
+                    f"{a:<11}{s:>8,} documents: {r['documents_per_second']:>7,}/s, {r['memory_mb']:>6,} MB, "
+                    f"recall {r['recall']:.4f}, precision {r['precision']:.4f}",
                     flush=True,
                 )
     speed = {

@@ -31,12 +31,12 @@ SIDE = (
     + "</ul>"
 )
 COOKIE = (
-    "<p>We use cookies to improve your visit. By continuing you agree to our cookie policy.</p><button>Accept "
-    "all</button>"
+    "<p>We use cookies to improve your visit. By continuing you agree to our cookie policy.</p>"
+    "<button>Accept all</button>"
 )
 RELATED = (
-    "<h4>Related articles</h4><ul><li><a href='/1'>Ten things you did not know</a></li><li><a href='/2'>The best "
-    "tools of the year</a></li></ul>"
+    "<h4>Related articles</h4><ul><li><a href='/1'>Ten things you did not know</a></li>"
+    "<li><a href='/2'>The best tools of the year</a></li></ul>"
 )
 FOOT = (
     "".join(
@@ -48,42 +48,41 @@ FOOT = (
     + "<p>Copyright 2024 Foundation. All rights reserved.</p>"
 )
 COMMENTS = "".join(
-    (
-        f"<div class='comment'><b>user{i}</b> <p>Thanks, this helped me a lot with my project number {i}, great "
-        "write up.</p><a href='#'>Reply</a></div>"
-    )
+    f"<div class='comment'><b>user{i}</b> <p>Thanks, this helped me a lot with my project number {i}, "
+    "great write up.</p><a href='#'>Reply</a></div>"
     for i in range(6)
 )
 
 FRAMES = {
     "main and nav elements": (
-        "<header><nav>{NAV}</nav></header><div class='cookie-banner'>{COOKIE}</div><main>{body}</main><aside>"
-        "{SIDE}{RELATED}</aside><footer>{FOOT}</footer>"
+        "<header><nav>{NAV}</nav></header><div class='cookie-banner'>{COOKIE}</div><main>{body}</main>"
+        "<aside>{SIDE}{RELATED}</aside><footer>{FOOT}</footer>"
     ),
     "a blog's classes": (
-        "<div id='masthead' class='site-header'>{NAV}</div><div class='site-content'><div class='hentry'><div "
-        "class='entry-meta'>Posted on 3 May by admin</div><div class='entry-content'>{body}</div></div><div "
-        "class='comments-area'>{COMMENTS}</div></div><div class='widget-area'>{SIDE}</div><div "
-        "class='site-footer'>{FOOT}</div>"
+        "<div id='masthead' class='site-header'>{NAV}</div><div class='site-content'><div class='hentry'>"
+        "<div class='entry-meta'>Posted on 3 May by admin</div><div class='entry-content'>{body}</div></div>"
+        "<div class='comments-area'>{COMMENTS}</div></div><div class='widget-area'>{SIDE}</div>"
+        "<div class='site-footer'>{FOOT}</div>"
     ),
     "a wiki's classes": (
-        "<div id='content' class='mw-body'><div id='siteSub'>From Wiki</div><div id='mw-content-text'>"
-        "{body}</div><div id='catlinks'>Categories: <a>Security</a></div></div><div id='mw-navigation'>"
-        "{NAV}{SIDE}</div><div id='footer'>{FOOT}</div>"
+        "<div id='content' class='mw-body'><div id='siteSub'>From Wiki</div>"
+        "<div id='mw-content-text'>{body}</div><div id='catlinks'>Categories: <a>Security</a></div></div>"
+        "<div id='mw-navigation'>{NAV}{SIDE}</div><div id='footer'>{FOOT}</div>"
     ),
     "classes without meaning": (
-        "<div class='css-1'>{NAV}</div><div class='css-2'>{COOKIE}</div><div class='css-3'><div class='css-4'>"
-        "{SIDE}</div><div class='css-5'>{body}</div><div class='css-6'>{RELATED}{COMMENTS}</div></div><div "
-        "class='css-7'>{FOOT}</div>"
+        "<div class='css-1'>{NAV}</div><div class='css-2'>{COOKIE}</div><div class='css-3'>"
+        "<div class='css-4'>{SIDE}</div><div class='css-5'>{body}</div>"
+        "<div class='css-6'>{RELATED}{COMMENTS}</div></div><div class='css-7'>{FOOT}</div>"
     ),
     "a table as layout": (
-        "<table><tr><td colspan=2>{NAV}</td></tr><tr><td>{SIDE}</td><td>{body}</td></tr><tr><td colspan=2>"
-        "{FOOT}</td></tr></table>"
+        "<table><tr><td colspan=2>{NAV}</td></tr><tr><td>{SIDE}</td><td>{body}</td></tr><tr>"
+        "<td colspan=2>{FOOT}</td></tr></table>"
     ),
     "furniture inside": (
-        "<div id='top'>{NAV}</div><div class='post-content'><div class='share-buttons'><p>Share this on <a>"
-        "Facebook</a></p></div>{body}<div class='newsletter'><p>Subscribe to our newsletter and get the latest "
-        "posts every week.</p></div><div class='related-posts'>{RELATED}</div></div><div>{FOOT}</div>"
+        "<div id='top'>{NAV}</div><div class='post-content'><div class='share-buttons'>"
+        "<p>Share this on <a>Facebook</a></p></div>{body}<div class='newsletter'>"
+        "<p>Subscribe to our newsletter and get the latest posts every week.</p></div>"
+        "<div class='related-posts'>{RELATED}</div></div><div>{FOOT}</div>"
     ),
     "nothing around": "{body}",
 }
@@ -120,11 +119,10 @@ def measure(documents, frame, reader):
             rows={plain(line) for line in lines if "|" in line},
             code={line.rstrip() for line in lines},
         )
-        written = [line for block in truth.find_all("pre") for line in block.get_text().split("\n")]
         parts = dict(
             headings=[plain(h.get_text()) for h in truth.find_all(re.compile("^h[1-6]$"))],
             rows=[plain(r.get_text(" ")) for r in truth.find_all("tr")],
-            code=[line.rstrip() for line in written if line.strip()],
+            code=[line.rstrip() for p in truth.find_all("pre") for line in p.get_text().split("\n") if line.strip()],
         )
         for k, v in parts.items():
             there[k] += len(v)
@@ -146,17 +144,10 @@ def main():
         "--folder", default=str(Path(__file__).resolve().parents[2] / "shared" / "data" / "security" / "web")
     )
     a = parser.parse_args()
+    settings = dict(include_tables=True, include_formatting=True, include_links=False, include_comments=False)
 
     def alone(page):
-        found = trafilatura.extract(
-            page,
-            output_format="markdown",
-            include_tables=True,
-            include_formatting=True,
-            include_links=False,
-            include_comments=False,
-        )
-        return found or ""
+        return trafilatura.extract(page, output_format="markdown", **settings) or ""
 
     readers = {"ours": lambda page: html_text("page.html", page.encode()), "trafilatura": alone}
     markdown = MarkdownIt("commonmark").enable("table")

@@ -47,7 +47,7 @@ def _vocabulary(text):
     "Words of a text, with and without inner hyphens, in lower case."
     return set(re.findall(_COMPOUND, text.lower()))
 
-
+# %% ../../nbs/20_data.clean.ipynb #b0eab624
 def _joined(
     line,  # a printed line
     following,  # the line after it, in the same paragraph
@@ -82,7 +82,7 @@ def _continues(
     new_sentence = _SENTENCE_END.search(line) and following[:1].isupper()
     return len(line) >= (0.9 if new_sentence else 0.75) * width
 
-
+# %% ../../nbs/20_data.clean.ipynb #fd24999c
 def _unwrap(lines):
     "Join printed lines into paragraphs."
     if not lines:
@@ -157,7 +157,7 @@ def _line(line):
     indent = line[: len(line) - len(body)]
     return indent + re.sub(r"[ \t]+", " ", body)
 
-
+# %% ../../nbs/20_data.clean.ipynb #ce43eac0
 def _whole_words(text):
     "Words broken at a hyphen become whole where the text has the whole word elsewhere."
     if not re.search(rf"[^\W\d_]{_BREAK_IN_WORD}[^\W\d_]", text):
@@ -189,7 +189,7 @@ def _longest_ends(
             lengths.append(max(lengths[-1], len(mark[1]) if is_end else 0))
     return {kind: lengths[::-1] for kind, lengths in out.items()}
 
-
+# %% ../../nbs/20_data.clean.ipynb #adfdb361
 def _code_blocks(lines):
     "First line of each fenced block, and the line after its last."
     marks = [re.fullmatch(r"[ \t]*(`{3,}|~{3,})(.*)", line) for line in lines]
@@ -207,7 +207,7 @@ def _code_blocks(lines):
             fence = None
     return blocks
 
-
+# %% ../../nbs/20_data.clean.ipynb #42207c59
 def _fenced(text):
     "The text in pieces, prose and fenced code by turns; the line break after a block belongs to the prose."
     lines = text.split("\n")

@@ -31,7 +31,7 @@ def _by_density(kinds):
     "Kinds with the densest first, unknown ones last and in the order of the alphabet."
     return sorted(kinds, key=lambda kind: (KINDS.index(kind) if kind in KINDS else 9, kind))
 
-
+# %% ../../nbs/23_data.corpus.ipynb #ff4a10a1
 class _Account:
     "Counts and seconds of each step of a build."
 
@@ -78,7 +78,7 @@ def _exact(rows):
             lost.append(dict(reason="exact duplicate", row=row, by=[(original, 1.0)], share=1.0))
     return kept, lost
 
-
+# %% ../../nbs/23_data.corpus.ipynb #a8c8f33c
 def _near(rows, threshold):
     "The rows that say something new, by their ids, and the others with their reason and who says the same."
     lost, gone = [], set()
@@ -185,7 +185,7 @@ def _step_lines(steps):
         lines.append(total + "".join(f"{count:>10,}" for count in counts))
     return lines
 
-
+# %% ../../nbs/23_data.corpus.ipynb #09955b1e
 def _skipped_lines(skipped, most=10):
     "What could not be read, and what is no document."
     bad = faults(skipped)
@@ -213,7 +213,7 @@ def _held_count(n, share):
     "How many of `n` documents of a kind are held out: the share, at least one where there are two, never all."
     return min(max(round(share * n), int(n > 1)), n - 1)
 
-
+# %% ../../nbs/23_data.corpus.ipynb #8e49bff0
 def hold_out(
     rows,  # document rows
     share: float = 0.1,  # of the documents of each kind

@@ -56,7 +56,7 @@ def rolling_hash(
         k *= 2
     return _scrambled(out[: max(len(b) - n + 1, 0)])
 
-
+# %% ../../nbs/21_data.dedup.ipynb #41902edf
 def _scrambled(hashes):
     "The same hashes with their bits well mixed, so that any part of them is as good as random (changed in place)."
     hashes ^= hashes >> np.uint64(31)
@@ -144,7 +144,7 @@ def _smallest_per_bin(sets, bins):
     smallest[slot[first]] = flat[first]
     return smallest.reshape(len(sets), bins)
 
-
+# %% ../../nbs/21_data.dedup.ipynb #41e35f72
 def _minhash(
     sets,  # sorted hashes of each text
     bins: int = 128,  # a power of two
@@ -179,7 +179,7 @@ def _band_keys(band):
         key ^= key >> np.uint64(32)
     return key
 
-
+# %% ../../nbs/21_data.dedup.ipynb #79078a74
 def _candidates(
     signatures,  # (documents, bins)
     r: int,  # numbers per band
@@ -213,7 +213,7 @@ def _agreement(signatures, pairs):
         shares.append((signatures[some[:, 0]] == signatures[some[:, 1]]).mean(1))
     return np.concatenate(shares)
 
-
+# %% ../../nbs/21_data.dedup.ipynb #6744490b
 def near_duplicates(
     texts: list,  # of str
     threshold: float = 0.7,  # Jaccard similarity of shingles from which a pair counts
@@ -264,7 +264,7 @@ def _covered_by(
             by.append((int(j), float(shared.mean())))
     return float(hit.mean()), sorted(by, key=lambda pair: (-pair[1], pair[0]))
 
-
+# %% ../../nbs/21_data.dedup.ipynb #9090a6b9
 def covered(
     rows: list,  # document rows, the ones to prefer first
     threshold: float = 0.7,  # share of a document's shingles seen before from which it is dropped

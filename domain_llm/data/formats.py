@@ -37,7 +37,7 @@ def _unstack(m):
             kept.append(character)
     return "".join(kept)
 
-
+# %% ../../nbs/93_data.formats.ipynb #89aa5050
 class Skip(Exception):
     "Why a file or a line is left out; ends in the list of skipped files, never as a traceback."
 
@@ -50,7 +50,7 @@ _MARKS = {
     b"\xfe\xff": "utf-16",
 }  # byte order marks, the longer ones first
 
-
+# %% ../../nbs/93_data.formats.ipynb #71356d1c
 def decode(
     raw: bytes,  # of a text file
 ):
@@ -89,7 +89,7 @@ def _is_chinese(raw):
     common = (lead >= 0xB0) & (lead <= 0xD7) & (trail >= 0xA1)
     return len(lead) > 0 and common.mean() > 0.5
 
-
+# %% ../../nbs/93_data.formats.ipynb #df3f1081
 def _legacy(raw):
     "Text in an encoding older than Unicode."
     if _is_chinese(raw):
@@ -115,7 +115,7 @@ def plain_text(
     "Markdown and plain text, as they are."
     return decode(raw)
 
-
+# %% ../../nbs/93_data.formats.ipynb #64bcbc3a
 def pdf_text(
     path,  # of the file, unused
     raw: bytes,  # its content
@@ -152,7 +152,7 @@ def table_text(
             lines.append("| " + " | ".join(cells) + " |" if len(cells) > 1 else cells[0])
     return "\n".join(lines)
 
-
+# %% ../../nbs/93_data.formats.ipynb #4568601f
 def docx_text(
     path,  # of the file, unused
     raw: bytes,  # its content
@@ -177,7 +177,7 @@ def docx_text(
         raise Skip(f"broken DOCX: {str(e) or type(e).__name__}") from None
     return "\n\n".join(part for part in parts if part)
 
-
+# %% ../../nbs/93_data.formats.ipynb #3fcf4c6a
 def _table(table):
     "Rows of a Word table; a merged cell, however wide or tall, gives its text once."
     from docx.oxml.ns import qn
@@ -199,7 +199,7 @@ def _paragraph(
         return ""
     return _mark(names.get(paragraph._p.style, "")) + paragraph.text
 
-
+# %% ../../nbs/93_data.formats.ipynb #94d92cf1
 def _mark(style):
     "What Markdown writes before a paragraph of a style."
     if re.fullmatch(r"Heading ?\d?", style):
@@ -220,7 +220,7 @@ def checked_text(
             raise Skip(f"a run of {longest:,} characters without a space (encoded data?)")
     return re.sub("[\0\ud800-\udfff]", "", text)
 
-
+# %% ../../nbs/93_data.formats.ipynb #3928978f
 def why_skipped(
     e: Exception,  # what a reader raised
 ):

@@ -33,7 +33,7 @@ def right_answer(
         return question["choices"][question["answer"]]
     return question.get("reference")
 
-
+# %% ../../nbs/22_data.leaks.ipynb #7fbc0a3e
 def _runs(text, n):
     "Letter strings of every run of `n` words, or of the whole text when it is shorter but has at least 6 words."
     units = units_of(text)
@@ -84,7 +84,7 @@ def _users(questions, n):
             users.setdefault(probe, []).append(i)
     return users, len(seen)
 
-
+# %% ../../nbs/22_data.leaks.ipynb #ea1c3440
 def _heads(data):
     "Hashes of all windows of 20 bytes."
     return rolling_hash(np.frombuffer(data, np.uint8), _HEAD)

@@ -31,7 +31,7 @@ def _declared(raw):
         return "utf-8"  # what was just read as ASCII is no UTF-16
     return "cp1252" if found.name == "x-user-defined" else found.codec_info.name
 
-
+# %% ../../nbs/93_data.pages.ipynb #9926b983
 def _source(raw):
     "The source of a page: by a byte order mark, as valid UTF-8, in the encoding that it names, or as `decode` finds."
     codec = _declared(raw)
@@ -58,7 +58,7 @@ class _Depth:
     def close(self):
         return self.most
 
-
+# %% ../../nbs/93_data.pages.ipynb #a35db71a
 def _depth(page):
     "How deep the elements of a page are nested."
     from lxml import etree
@@ -92,7 +92,7 @@ def _soup(page):
     except Exception as e:
         raise Skip(f"broken HTML: {e}") from None
 
-
+# %% ../../nbs/93_data.pages.ipynb #f76653ff
 def _named_main(soup):
     "The element that the page itself calls its main part, or its body."
     main = soup.find("main") or soup.find(attrs={"role": "main"})
@@ -134,7 +134,7 @@ def _runs(text, step):
     letters = re.sub(r"[\W_]+", "", text.casefold())
     return [letters[i : i + 16] for i in range(0, len(letters) - 15, step)]
 
-
+# %% ../../nbs/93_data.pages.ipynb #4e14e3a7
 def _extracted(page):
     "What trafilatura takes for the main text of a page; empty where it fails."
     import logging
@@ -147,7 +147,7 @@ def _extracted(page):
     except Exception:
         return ""
 
-
+# %% ../../nbs/93_data.pages.ipynb #437fa8ff
 def _main(
     root,  # an element
     page,  # the source of the page
@@ -179,7 +179,7 @@ _CHROME = re.compile(
     re.I | re.X,
 )
 
-
+# %% ../../nbs/93_data.pages.ipynb #c1487deb
 def _chrome(element):
     "Whether an element is page furniture by its role, class or id."
     if element.get("role") in ("navigation", "banner", "contentinfo", "dialog"):
@@ -209,7 +209,7 @@ def _data_table(element):
     rows = [[cell.get_text(" ") for cell in row.find_all(["td", "th"])] for row in element.find_all("tr")]
     return "\n\n" + table_text([row or [""] for row in rows]) + "\n\n"
 
-
+# %% ../../nbs/93_data.pages.ipynb #21d60061
 def _written(
     element,
     is_data,  # whether it is a table of data
@@ -254,7 +254,7 @@ class _Layout:
         written = _written(element, element.name == "table" and not self.blocks[id(element)])
         return [written] if isinstance(written, str) else [written[0], *element.contents, written[1]]
 
-
+# %% ../../nbs/93_data.pages.ipynb #f8067734
 def _page_text(root):
     "Text of the element `root`, block by block, in one pass."
     from bs4 import CData, NavigableString, Tag

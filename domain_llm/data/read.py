@@ -63,7 +63,7 @@ def _read_file(
     except Exception as e:
         return [], [dict(file=name, why=why_skipped(e))]  # whatever a file does, the others are read
 
-
+# %% ../../nbs/93_data.read.ipynb #1c3b265a
 def _content(path, suffix):
     "The bytes of a file of a known type; raises Skip for others, and for empty and very large ones."
     if suffix not in _READERS and suffix not in _LINES:
@@ -151,7 +151,7 @@ def _folders(root):
             todo += links
     return sorted(found), left
 
-
+# %% ../../nbs/93_data.read.ipynb #75059a33
 def _files(
     root,  # folder
     prefix="",  # what the names begin with, where there are several sources
@@ -183,7 +183,7 @@ def _sibling(path):
     "A hint at a file or folder beside a path with a similar name."
     return nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
 
-
+# %% ../../nbs/93_data.read.ipynb #99db6e3a
 def _jobs(sources):
     "Jobs for every local source, entries for folders that are not entered, and the names that are not local."
     jobs, left, remote = [], [], []
@@ -227,7 +227,7 @@ def _other_type(path):
     suffix = path.suffix.lower()
     return (suffix, _NOT_TEXT[suffix]) if suffix in _NOT_TEXT else None
 
-
+# %% ../../nbs/93_data.read.ipynb #e91f55bb
 def _sort_out(jobs):
     "The jobs without files that are plainly no documents, and one entry for each type of those."
     kept, count = [], {}
@@ -275,7 +275,7 @@ def _from_hub(name):
     except InputError as e:
         raise InputError(f"{e}{_sibling(Path(name))}") from e
 
-
+# %% ../../nbs/93_data.read.ipynb #e96b3a79
 def _columns(ds, name):
     "Any data set with a text column as document rows."
     if "text" not in ds.column_names:
@@ -349,7 +349,7 @@ def read_documents(
         raise InputError(_nothing(sources, skipped))
     return as_dataset(_unique_ids(rows)), skipped
 
-
+# %% ../../nbs/93_data.read.ipynb #91efae35
 def _sorted_sources(source):
     "All sources as a list, those of them that are paths or names, and those that are data sets."
     import datasets

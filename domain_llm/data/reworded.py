@@ -65,13 +65,13 @@ def _rows_of_words(read, words):
     keys = np.unique(np.concatenate([np.zeros(0, np.int64), *keys]))
     return np.split(keys % n, np.searchsorted(keys, np.arange(1, words) * n))
 
-
+# %% ../../nbs/93_data.reworded.ipynb #d5884730
 def _holders(
     weights,  # {number of a word: weight}
     share,  # of the weight, that must be reached
     having,  # rows of each word
 ):
-    "Rows that can reach the share: those with one of the rarest words that together outweigh what may be missing."
+    "Rows that can reach the share: those with one of the rarest words that together weigh more than may be missing."
     rest, out = (1 - share) * sum(weights.values()), set()
     for u in sorted(weights, key=lambda u: len(having[u])):
         out.update(having[u].tolist())
@@ -105,7 +105,7 @@ def _asked(
             places.append((_part(stem, between(sign - length, sign)), -sign))
     return places
 
-
+# %% ../../nbs/93_data.reworded.ipynb #afb1c6e6
 def _cut(text, a, b):
     "The text between two numbers of units, at most 240 characters."
     text = normal_form("NFKC", text)
@@ -135,7 +135,7 @@ def _sought(questions):
         out.append((stem, _stream(answer), 12 + sum(map(len, options))))
     return out
 
-
+# %% ../../nbs/93_data.reworded.ipynb #1c532c5d
 def _weigh(
     sought,  # as from `_sought`
     number,  # word -> number
@@ -169,7 +169,7 @@ def _numbered(sought):
     words = [word for stem, answer, _ in sought for word in (*stem, *answer)]
     return {word: i for i, word in enumerate(dict.fromkeys(["?", *words]))}
 
-
+# %% ../../nbs/93_data.reworded.ipynb #c2aaddb9
 def _rewordings(rows, questions, share):
     "Each place that seems to ask: (row, question, share, word number of the sign, words of the question, reach)."
     sought = _sought(questions)
@@ -229,7 +229,7 @@ def _clear_text(row, index, min_chars):
         return dict(row), None, None
     return _enough(row, text, min_chars), first, where
 
-
+# %% ../../nbs/93_data.reworded.ipynb #e15f392a
 def _turns(messages):
     "Messages in groups that begin with one of the user; what comes before the first of these is a group as well."
     out = [[]]
@@ -281,7 +281,7 @@ def _clear_reworded(
             kept.append((i, left))
     return kept, gone
 
-
+# %% ../../nbs/93_data.reworded.ipynb #b191bd6a
 def _suspected(
     rows,  # pairs of place and row
     questions,
@@ -308,7 +308,7 @@ def _clear_copies(rows, questions, index, min_chars):
             kept.append((i, left))
     return kept, gone
 
-
+# %% ../../nbs/93_data.reworded.ipynb #fca046e7
 def without_leaks(
     rows,  # document rows (with "text") and conversations (with "messages"), in any order
     questions,  # question rows of every evaluation set (or plain strings, which find copies alone)

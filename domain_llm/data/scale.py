@@ -37,7 +37,7 @@ def _datatrove():
         raise InputError(f"datatrove is missing or incomplete ({e}): pip install -e '.[scale]'.") from e
     return dedup, JsonlReader, JsonlWriter
 
-
+# %% ../../nbs/93_data.scale.ipynb #4c13fa0c
 def datatrove_stages(
     source,  # folder of JSON Lines shards with "text" and "id", on this machine or any address that fsspec knows
     folder,  # folder that all machines can write to; the result is in its "kept"
