@@ -21,9 +21,9 @@ from .data.read import faults, read_documents
 from .demo.general import common_questions, python_docs
 from .judge.choice import multiple_choice
 from .judge.lm_eval import export_lm_eval
-from .judge.questions import read_questions
+from .judge.questions import exam_summary, read_questions
 from .judge.score import bits_per_byte
-from .judge.stats import detectable, paired
+from .judge.stats import paired
 from .models import load
 from .run import experiments, keep
 from .run.pipeline import check_run, final_model, run_recipe
@@ -197,36 +197,27 @@ def questions(a):
 
 def _exam_summary(rows):
     "What an exam is made of and what it can show, as lines."
-    chance = sum(1 / len(q["choices"]) for q in rows) / len(rows)
-    groups = len({q["group"] for q in rows})
+    found = exam_summary(rows)
     parts = Counter(q["part"] for q in rows if q.get("part"))
-    places = Counter("ABCDEFGHIJ"[q["answer"]] if q["answer"] < 10 else "later" for q in rows)
+    places = ", ".join(f"{letter} {share:.0%}" for letter, share in found["positions"].items())
     lines = [
-        f"{len(rows):,} questions in {groups:,} groups, all sound",
-        f"guessing gets {chance:.1%} right; the answer is {_counted(places)}",
+        f"{found['number']:,} questions in {found['groups']:,} groups, all sound",
+        f"guessing gets {found['chance']:.1%} right; the right answer is {places}",
     ]
     if parts:
-        lines.append(f"parts: {_counted(parts)}")
-    return "\n".join([*lines, *_power(groups)])
+        lines.append("parts: " + ", ".join(f"{name} {n:,}" for name, n in sorted(parts.items())))
+    return "\n".join([*lines, *_power(found["groups"], found["detectable"])])
 
 
-def _counted(counts):
-    "Counts as words, in the order of their names."
-    return ", ".join(f"{name} {n:,}" for name, n in sorted(counts.items()))
-
-
-def _power(groups):
-    "What so many groups of questions can show, as lines."
+def _power(groups, least):
+    "What so many groups of questions can show, as lines; `least` is the smallest difference that is found."
     if groups < 2:
         return ["one group gives no interval: leave group out where questions do not belong together"]
-    half, least = 1.96 * 0.5 / groups**0.5, detectable(groups)
-    lines = [f"an accuracy near one half will be known to {half:.0%} either way (95%)"]
-    if least == least:  # not nan
-        return [
-            *lines,
-            f"two models must differ by {least:.0%} to be told apart (power 80%, a fifth answered differently)",
-        ]
-    return [*lines, "no difference of two models can be told with a power of 80%: write more questions"]
+    half = 1.96 * 0.5 / groups**0.5
+    known = f"an accuracy near one half will be known to {half:.0%} either way (95%)"
+    if least is None:
+        return [known, "no difference of two models can be told with a power of 80%: write more questions"]
+    return [known, f"two models must differ by {least:.0%} to be told apart (power 80%, a fifth answered differently)"]
 
 # %% ../nbs/98_commands.ipynb #5763f912
 def evaluate(a):
