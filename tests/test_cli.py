@@ -554,7 +554,7 @@ def exam_file(tmp_path, n=200, **more):
 def test_questions_says_what_an_exam_can_show(tmp_path, capsys):
     status, out = said_by(capsys, "questions", exam_file(tmp_path))
     assert status == 0 and "200 questions in 200 groups" in out
-    assert "guessing gets 50.0%" in out and "A 100, B 100" in out
+    assert "guessing gets 50.0%" in out and "A 50%, B 50%" in out
     assert "to 7% either way" in out  # 1.96 * sqrt(0.25 / 200) = 6.9%
     assert f"differ by {detectable(200):.0%}" in out
     assert "one group gives no interval" in said_by(capsys, "questions", exam_file(tmp_path, group="pumps"))[1]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['planned_ablation', 'ablation', 'picture', 'told', 'pilots', 'advise']
 
-# %% ../../nbs/65_run.experiments.ipynb #048ceedd
+# %% ../../nbs/65_run.experiments.ipynb #8815f6ef
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +28,7 @@ from .stages import Stage, identity, stages
 from ..train.pretrain import excerpts
 from ..train.rehearse import rehearse
 
-# %% ../../nbs/65_run.experiments.ipynb #b6325f9a
+# %% ../../nbs/65_run.experiments.ipynb #2c1df2f7
 _TRAINED_ON = ("documents", "general", "instructions")
 _FOLDERS, _FILES = ("runs", "before", "result", "rehearsal"), ("result.json", "trade.png", "effects.png")
 
@@ -62,7 +62,7 @@ def _exam(cfg, out):
     read = {name: out / "inputs" / name / "rows.jsonl" for name in ("questions", "general_questions")}
     return dict(texts=texts, questions=exam(cfg, read))
 
-# %% ../../nbs/65_run.experiments.ipynb #85679688
+# %% ../../nbs/65_run.experiments.ipynb #e7806305
 _SETTINGS = ("model", "trust_remote_code", "select", "mix", "evaluate")
 
 
@@ -110,7 +110,7 @@ def _bench(what, cfg, out):
     _corpus(cfg, out)
     return _Bench(what, cfg, out, arms, without, measured, marks, _before(cfg, measured, out))
 
-# %% ../../nbs/65_run.experiments.ipynb #7fc65853
+# %% ../../nbs/65_run.experiments.ipynb #a875c001
 def _rehearse_stage(cfg, read, out):
     "Let the model write the general text, before training."
     parts = cfg["mix"]["parts"]
@@ -154,7 +154,7 @@ def _check_size(made, mix):
             f"{' '.join(made['notes'])} Raise mix.max_epochs, add text or make the runs smaller."
         )
 
-# %% ../../nbs/65_run.experiments.ipynb #45411f46
+# %% ../../nbs/65_run.experiments.ipynb #fdc0e55e
 def _drop(out, name):
     "Remove the present result of a training stage, which is measured; what the program did not make stays."
     mark = keep.owned(out / name)
@@ -185,7 +185,7 @@ def _train_and_measure(bench, mark, seed):
             _drop(out, stage)
     return found
 
-# %% ../../nbs/65_run.experiments.ipynb #b8d76050
+# %% ../../nbs/65_run.experiments.ipynb #f3d27350
 def _seeds(what, seeds):
     "How often every arm runs."
     n = what["seeds"] if seeds is None else seeds
@@ -212,7 +212,7 @@ def planned_ablation(
     with keep.alone(out):
         return _plan(_bench(what, cfg, out), seeds)
 
-# %% ../../nbs/65_run.experiments.ipynb #030688f2
+# %% ../../nbs/65_run.experiments.ipynb #d5904276
 def _usable(bench, arms):
     "The claims whose arms are there and whose metric has two independent items."
     stated = [c for c in bench.what["claims"] if {c["arm"], c["base"]} <= set(arms)]
@@ -247,7 +247,7 @@ def _settings(arm):
     names = ["mix", "select", "pretrain", *(["sft"] if "sft" in arm["stages"] else [])]
     return {name: arm["recipe"][name] for name in names}
 
-# %% ../../nbs/65_run.experiments.ipynb #ee8f7bd5
+# %% ../../nbs/65_run.experiments.ipynb #42f2aa18
 def ablation(
     name,  # an experiment of the package, or a YAML file
     path=None,  # a recipe; the demo's when not given
@@ -288,7 +288,7 @@ def _publish(result, out):
         keep.finish(folder)
     keep.publish(folder, out, [name for name in _FILES if (folder / name).exists()])
 
-# %% ../../nbs/65_run.experiments.ipynb #5ce34dab
+# %% ../../nbs/65_run.experiments.ipynb #352e7433
 def picture(
     result: dict,  # as `ablation` gives it
 ):
@@ -327,7 +327,7 @@ def told(
         lines.append(_advised(result))
     return "\n".join(lines)
 
-# %% ../../nbs/65_run.experiments.ipynb #589b499f
+# %% ../../nbs/65_run.experiments.ipynb #09cb6cbf
 def pilots(
     result: dict,  # as `ablation` gives it
     metric: str,  # domain_bpb or general_bpb
