@@ -227,6 +227,9 @@ def test_model_that_refuses_a_mask_falls_back(model, tok):
     assert multiple_choice(Strict(), tok, QUESTIONS)["picks"] == multiple_choice(model, tok, QUESTIONS)["picks"]
 
 
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+
+
 def test_sliding_window_model(tok):
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -234,11 +237,7 @@ def test_sliding_window_model(tok):
     m = MistralForCausalLM(
         MistralConfig(
             vocab_size=len(tok),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
+            **SMALL,
             sliding_window=6,
         )
     ).eval()
@@ -257,11 +256,7 @@ def test_softcapped_logits(tok):
     m = Gemma2ForCausalLM(
         Gemma2Config(
             vocab_size=len(tok),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
+            **SMALL,
             head_dim=16,
             final_logit_softcapping=0.05,
             sliding_window=4096,

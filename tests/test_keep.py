@@ -87,6 +87,7 @@ def changed(settings, name, value):
 AFTER_SFT = ["evaluate", "screen", "answers", "quantize", "report"]
 AFTER_PRETRAIN = ["pretrain", "sft", *AFTER_SFT]
 ALL = ["corpus", "baseline", *AFTER_PRETRAIN]
+OTHER = dict(warmup=0.2, schedule="constant", weight_decay=0.1, rank=8, alpha=8, probes=3, forgetting_budget=0.5)
 TABLE = {  # setting -> (another value, stages that run again)
     "name": ("other", ["report"]),
     "model": ("owner/other", ["baseline", *AFTER_PRETRAIN]),
@@ -107,13 +108,7 @@ TABLE = {  # setting -> (another value, stages that run again)
             learning_rate=1e-3,
             tokens_per_step=512,
             length=128,
-            warmup=0.2,
-            schedule="constant",
-            weight_decay=0.1,
-            rank=8,
-            alpha=8,
-            probes=3,
-            forgetting_budget=0.5,
+            **OTHER,
         ).items()
     },
     **{
@@ -124,13 +119,7 @@ TABLE = {  # setting -> (another value, stages that run again)
             learning_rate=1e-3,
             tokens_per_step=1024,
             length=256,
-            warmup=0.2,
-            schedule="constant",
-            weight_decay=0.1,
-            rank=8,
-            alpha=8,
-            probes=3,
-            forgetting_budget=0.5,
+            **OTHER,
         ).items()
     },
     "evaluate.questions": (10, ["baseline", "evaluate", "screen", "report"]),

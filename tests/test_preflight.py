@@ -58,14 +58,8 @@ def talk(*turns):
     return dict(messages=[dict(role={"s": "system", "u": "user", "a": "assistant"}[r], content=c) for r, c in turns])
 
 
-QWEN_7B = dict(
-    vocab_size=152064,
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-)
+LAYERS = dict(num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
+QWEN_7B = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, **LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -304,14 +298,8 @@ def test_a_hub_model_in_the_cache_is_found_without_a_network(cached, tiny_folder
 def test_parameters_are_those_that_are_published(seven):
     from transformers import AutoConfig, LlamaConfig
 
-    llama = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
+    layers = dict(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
+    llama = LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, **layers)
     assert sizes(llama)["parameters"] == 8_030_261_248
     assert seven["parameters"] == 7_615_616_512
     demo = sizes(AutoConfig.from_pretrained(models.resolve()))

@@ -18,8 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if path.name[0] in "123456"]
 PLACES = ("nbs", "tests", "tools", "setup.py")
+IN_ORDER = "one story of a run or a folder, told in order"
+LAZY = "a class inside a function, so that its library is imported only when it is needed"
 LONG_FUNCTIONS = {
-    # "tools/bench_x.py: function": "why it reads better in one piece"
+    "domain_llm/train/loop.py: _optimizer_class": LAZY,
+    "domain_llm/train/loop.py: _trainer_class": LAZY,
+    "domain_llm/ship/fidelity.py: compare_with_original": "seven documented parameters and a flat result of ten figures",
+    "tools/bench_evaluate.py: lm_eval_run": LAZY,
+    "tests/test_recipe.py: test_the_trained_model_is_saved_before_it_is_interpolated": IN_ORDER,
+    "tests/test_recipe.py: test_exam_questions_are_taken_out_of_everything_that_is_trained_on": IN_ORDER,
+    "tests/test_corpus.py: test_every_format_and_kind": IN_ORDER,
+    "tests/test_corpus.py: test_copies_go_from_documents_and_conversations": IN_ORDER,
 }
 
 

@@ -133,8 +133,10 @@ SYSTEM, ASK = (
 # Baichuan 2 labels the token after an answer with </s>, as its authors' own fine-tuning does.
 CONVERSATIONS = {
     "llama3": (
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n[[4<|eot_id|>]]"
-        "<|start_header_id|>user<|end_header_id|>\n\n3+3?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n[[6<|eot_id|>]]",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
+        "2+2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n[[4<|eot_id|>]]"
+        "<|start_header_id|>user<|end_header_id|>\n\n"
+        "3+3?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n[[6<|eot_id|>]]",
         "4<|eot_id|>6<|eot_id|>",
     ),
     "qwen2.5": (
@@ -150,7 +152,8 @@ CONVERSATIONS = {
     "baichuan2": ("<reserved_106>2+2?<reserved_107>[[4<reserved_106>]]3+3?<reserved_107>[[6</s>]]", "4</s>6</s>"),
     "mistral": ("<s>[INST] 2+2? [/INST][[4</s>]][INST] 3+3? [/INST][[6</s>]]", "4</s>6</s>"),
     "gemma": (
-        "<bos><start_of_turn>user\n2+2?<end_of_turn>\n<start_of_turn>model\n[[4<end_of_turn>]]\n<start_of_turn>user\n3+3?<end_of_turn>\n<start_of_turn>model\n[[6<end_of_turn>]]\n",
+        "<bos><start_of_turn>user\n2+2?<end_of_turn>\n<start_of_turn>model\n[[4<end_of_turn>]]\n"
+        "<start_of_turn>user\n3+3?<end_of_turn>\n<start_of_turn>model\n[[6<end_of_turn>]]\n",
         "4<end_of_turn>6<end_of_turn>",
     ),
 }

@@ -147,24 +147,6 @@ def _faults(rows, faults, name):
         found.append(error(name, said + " Mend the named ones first."))
     return found
 
-
-def _named(places):
-    "The first places by name, and the number of the others."
-    more = len(places) - NAMED
-    return "; ".join(places[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _lengths(lengths, length, name):
-    "A finding on the conversations that are longer than a row."
-    long = sum(n > length for n in lengths)
-    if not long:
-        return []
-    if long == len(lengths):
-        said = f"none of {long:,} conversations fits into length: {length}; the shortest has {min(lengths):,} tokens."
-        return [error(name, said + " Raise length.")]
-    said = f"{long:,} of {len(lengths):,} conversations are longer than length: {length} and will be left out."
-    return [warning(name, f"{said} The longest has {max(lengths):,} tokens. Raise length or shorten them.")]
-
 # %% ../../nbs/62_run.preflight.ipynb #4c5defe1
 def _named(places):
     "The first places by name, and the number of the others."
