@@ -40,6 +40,11 @@ def terms():
     return [row for row in rows if row[0] != "term" and set(row[0]) != {"-"}]
 
 
+def chapter_text(name):
+    "Everything written in a notebook, in lower case."
+    return "\n".join(cell.source for cell in nbformat.read(ROOT / "nbs" / name, 4).cells).lower()
+
+
 def test_both_readmes_name_the_same_commands():
     assert len(commands(CHINESE)) >= 7
     assert commands(CHINESE) == commands(ENGLISH)
@@ -96,9 +101,10 @@ def test_every_term_of_the_glossary_has_its_columns_and_stands_once():
         assert not [word for word in seen if seen.count(word) > 1]
 
 
-def test_every_term_of_the_glossary_links_to_a_chapter():
+def test_every_term_of_the_glossary_links_to_a_chapter_that_uses_it():
     for row in terms():
         found = targets(row[3])
         assert found, row
         for target in found:
             assert (ROOT / "nbs" / target).exists(), row
+            assert row[0].lower() in chapter_text(target), row
