@@ -110,7 +110,9 @@ class Links:
     ):
         "The target that the link has on the site."
         own = re.match(re.escape(self.github) + rf"/(?:blob|tree)/{self.branch}/([^#]+)(#.*)?$", target)
-        if own is None and re.match(r"([a-z]+:|#|data:)", target):
+        if target.startswith("#"):
+            return target.lower()
+        if own is None and re.match(r"([a-z]+:|data:)", target):
             return target
         path, mark, anchor = target.partition("#")
         inside = own[1] if own and (ROOT / own[1]).exists() else self.find(path) if own is None else None
@@ -133,12 +135,13 @@ class Links:
     def rewrite(
         self,
         text: str,  # Markdown
+        html: bool = False,  # of an output, which Sphinx takes as it is
     ):
         "The text with its links resolved; in code only those of diagrams."
         pieces = CODE.split(text)
         for i, piece in enumerate(pieces):
             if i % 2 == 0:
-                piece = self.replace(MARKDOWN_LINK, piece, html=False)
+                piece = self.replace(MARKDOWN_LINK, piece, html)
                 pieces[i] = self.replace(HTML_LINK, piece, html=True)
             elif piece.lstrip().startswith("```mermaid"):
                 pieces[i] = self.replace(DIAGRAM_LINK, piece, html=True)
@@ -171,7 +174,7 @@ def page_cell(
     for output in cell.get("outputs", []):
         data = output.get("data", {})
         if "text/markdown" in data:
-            data["text/markdown"] = links.rewrite(data["text/markdown"])
+            data["text/markdown"] = links.rewrite(data["text/markdown"], html=True)
     return cell
 
 
