@@ -809,7 +809,7 @@ def test_a_server_that_hangs_does_not_hang_us(made):
             post(url, {"prompt": "x"})
         with pytest.raises(InputError, match="no answer within 1 seconds"):
             list(serve._stream(url, [], 1, 0))
-        hung = patch.object(fidelity, "server", lambda *_, **__: __import__("contextlib").nullcontext(url))
+        hung = patch.object(serve, "server", lambda *_, **__: __import__("contextlib").nullcontext(url))
         with hung, pytest.raises(InputError, match="conversation 0.*no answer"):
             complete(made["files"]["q4_0"], ["Hi"])
 
