@@ -167,8 +167,9 @@ def _domain_tokens(said):
         return max(1, sum(len(row["text"].encode("utf-8", "ignore")) for row in rows) // BYTES_PER_TOKEN)
     number = said.replace(",", "").replace("_", "").lower()
     unit = UNITS.get(number[-1:], 1)
+    digits = number[:-1] if number[-1:] in UNITS else number
     try:
-        tokens = float(number.rstrip("kmb")) * unit
+        tokens = float(digits) * unit
     except ValueError:
         tokens = 0
     if not 0 < tokens < float("inf"):

@@ -16,7 +16,7 @@ from domain_llm.judge.stats import detectable
 from domain_llm.run import inputs
 from domain_llm.run.inputs import ROLES, read_inputs
 from domain_llm.run.pipeline import opened, run_recipe
-from domain_llm.run.recipe import check_recipe
+from domain_llm.run.recipe import check_recipe, init_recipe
 
 QUESTION = {"question": "What is 2+2?", "choices": ["3", "4"], "answer": 1}
 
@@ -61,6 +61,7 @@ RECIPES = {  # a recipe that is wrong, and what the message must name
     "documents missing": ("data: {documents: /no/such/folder}", "/no/such/folder"),
     "questions missing": ("demo: 8\ndata: {questions: nope.jsonl}", "nope.jsonl"),
     "nothing to train": ("demo: 8\npretrain: false\nsft: false", "nothing is left to train"),
+    "only false": ("false", "the recipe must be a set of 'name: value' lines"),
     "corpus off": ("demo: 8\ncorpus: false", "only pretrain, sft, quantize can be switched off"),
     "select off": ("demo: 8\nselect: false", "only pretrain, sft, quantize"),
     "data off": ("data: false", "only pretrain, sft, quantize"),
@@ -524,6 +525,18 @@ def test_mix_advises_from_a_number_of_tokens(said, capsys):
     cfg = check_recipe({"demo": 8, **yaml.safe_load(line)})
     assert cfg["mix"]["parts"] == found["parts"]
     assert "ChatHome, 13B" in out and "113 questions" in out
+
+
+def test_mix_refuses_a_unit_that_it_does_not_know(capsys):
+    status, err = call(capsys, "mix", "3MB")
+    assert status == 2 and "neither a folder nor a number of tokens" in err
+
+
+def test_init_keeps_a_folder_whose_name_is_a_word_of_the_template(tmp_path, capsys):
+    (tmp_path / "SCHEMA" / "NAME").mkdir(parents=True)
+    (tmp_path / "SCHEMA" / "NAME" / "a.txt").write_text("The valve opens at 40 bar.")
+    init_recipe(tmp_path / "SCHEMA" / "NAME", tmp_path / "r.yaml")
+    assert yaml.safe_load((tmp_path / "r.yaml").read_text())["data"]["documents"] == "SCHEMA/NAME"
 
 
 def test_mix_counts_a_folder_at_four_bytes_a_token(tmp_path, capsys):

@@ -100,6 +100,15 @@ claims:
         ("equal: tokens", "equals: tokens", "unknown key 'equals' (did you mean 'equal'?)"),
         ("text: high learns more, ", "", "claim 1 needs 'text'"),
         ("direction: less", "matters: 0", "must be a number above 0"),
+        ("equal: tokens", "recipe: [1]", "'recipe:' must be a set of 'name: value' lines"),
+        ("equal: tokens", "recipe: {mix: 3}", "'mix' must be a set of 'name: value' lines"),
+        ("equal: tokens", "defaults: foo", "'defaults:' must be a set of 'name: value' lines"),
+        ("  high: {}", "  high: {mix: 5}", "arm 'high': 'mix' must be a set"),
+        ("  high: {}", "  high: {data: rehearsed}", "arm 'high': 'data' must be a set"),
+        ("  high: {}", "  high: {mix: {parts: [1], replay: 1}}", "'mix.parts' must be a set"),
+        ("  high: {}", "  ? [a]\n  : {}", "a name must be a text"),
+        ("equal: tokens", "equal: exposures\nlaw: true", "a law needs runs of known size"),
+        ("  high: {}", "  high: {stages: [sft]}\nlaw: true", "the arm 'high' has none"),
     ],
 )
 def test_a_faulty_file_names_the_place(tmp_path, old, new, says):

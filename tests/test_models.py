@@ -83,6 +83,20 @@ def test_running_out_of_memory_is_told_from_other_errors(e):
             raise e
 
 
+def test_running_out_of_memory_is_no_wrong_adapter(tiny_folder, tmp_path, monkeypatch):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    adapted = get_peft_model(models.load(str(tiny_folder))[0], LoraConfig(r=2, target_modules="all-linear"))
+    adapted.save_pretrained(tmp_path / "adapter")
+
+    def fails(*args, **kw):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", fails)
+    with pytest.raises(InputError, match="memory ran out"):
+        models.load(str(tmp_path / "adapter"))
+
+
 def test_a_real_allocation_that_fails_is_running_out_of_memory():
     with pytest.raises(InputError, match="memory ran out"):
         with memory_advice("training"):

@@ -163,7 +163,9 @@ def recommend_ratio(
     "A ratio to start from: `parts`, `low` and `high` (general parts for 1 of domain), `reasons` and `sources`."
     if not _positive(domain_tokens):
         remedy = "Count them with `tokenize`"
-        raise InputError(f"recommend needs the number of domain tokens, above 0, not {domain_tokens!r}. {remedy}.")
+        raise InputError(
+            f"recommend_ratio needs the number of domain tokens, above 0, not {domain_tokens!r}. {remedy}."
+        )
     if shift not in ("weak", "strong"):
         known = "'weak' (same language and style) or 'strong' (a new language or notation)"
         raise InputError(f"unknown shift {shift!r}{nearest(shift, ['weak', 'strong'])}: {known}.")

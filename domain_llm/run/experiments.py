@@ -18,7 +18,7 @@ from ..judge.ablate import run_arms, sentence, verdict
 from ..judge.plots import forest, trade
 from ..results import provenance
 from . import keep
-from .arms import UNITS, arm_recipes, base_recipe, read_experiment, shipped
+from .arms import UNITS, arm_recipes, base_recipe, read_experiment
 from .forecast import claim_lines, group_count, plan_text, recorded
 from .inputs import read_inputs
 from .measuring import exam, figures, load_to_measure, values
@@ -324,7 +324,7 @@ def told(
     lines += [sentence(c, *UNITS[c["metric"]]) for c in verdict(result["runs"], result["claims"])]
     lines += [f"no arm '{arm}': {why}" for arm, why in result.get("without", {}).items()]
     if result.get("law") or result["experiment"] == "mix-pilots":
-        lines.append(_advised(result))
+        lines.append(_advice(result))
     return "\n".join(lines)
 
 # %% ../../nbs/65_run.experiments.ipynb #09cb6cbf
@@ -351,6 +351,14 @@ def advise(
     laws = [bootstrap_law(pilots(result, metric), n=100, rising=rising) for metric, rising in directions]
     start = _mean(result["before"], "general_bpb")
     return solve(*laws, start, budget, tokens=result["mix"]["tokens"]), laws
+
+
+def _advice(result):
+    "What the pilots advise, or why they advise nothing."
+    try:
+        return _advised(result)
+    except InputError as e:
+        return f"no advice from the pilots: {e}"
 
 
 def _advised(result):

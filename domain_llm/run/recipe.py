@@ -7,6 +7,7 @@ __all__ = ['training_stages', 'check_recipe', 'into_folder', 'read_recipe', 'ini
 
 # %% ../../nbs/60_run.recipe.ipynb #bedb28df
 import os
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -146,6 +147,5 @@ def _template(documents, path):
     name = "".join(letters).strip("-") or "my-model"
     where = os.path.relpath(folder, path.resolve().parent).replace("\\", "/")
     text = (assets / "template.yaml").read_text(encoding="utf-8")
-    for word, value in dict(NAME=name, DOCUMENTS=where, SCHEMA=str(assets / "recipe.schema.json")).items():
-        text = text.replace(word, value)
-    return text
+    values = dict(NAME=name, DOCUMENTS=where, SCHEMA=str(assets / "recipe.schema.json"))
+    return re.sub("|".join(values), lambda found: values[found[0]], text)

@@ -258,7 +258,7 @@ def _mistake(error, given):
         value = value[name]
     if section is None:
         return _wrong_value(where, value, found[-1], error)
-    if value is False:
+    if value is False and names:
         allowed = ", ".join(OPTIONAL)
         said = f"the recipe says '{where}: false', but only {allowed} can be switched off."
         return f"{said} Leave the line out for the defaults."
