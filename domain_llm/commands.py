@@ -104,6 +104,8 @@ def corpus(a):
     if not 0 < a.near_duplicate < 1:
         raise InputError(f"--near-duplicate is {a.near_duplicate}, but must be a share between 0 and 1.")
     if a.pairs is not None:
+        if a.out or a.questions:
+            raise InputError("--pairs lists documents and writes none: leave out --out and --questions.")
         return _pairs(a)
     questions = [q for file in a.questions for q in read_questions(file)]
     made = build_corpus(a.documents, questions, threshold=a.near_duplicate, min_chars=a.min_chars)
@@ -182,7 +184,7 @@ def _domain_tokens(said):
 def questions(a):
     "Check a file of questions and say what the exam can show; write it as a task of lm-eval."
     rows = read_questions(a.questions)
-    print(_exam_summary(rows))
+    print(_exam_lines(rows))
     if a.name and not a.lm_eval:
         raise InputError("--name names a task of lm-eval. Say with --lm-eval FOLDER where to write it.")
     if not a.lm_eval:
@@ -190,13 +192,14 @@ def questions(a):
     if not a.name:
         raise InputError("--lm-eval needs --name: the name by which lm_eval --tasks calls the exam.")
     if not a.force:
-        refuse_existing(Path(a.lm_eval) / f"{a.name}.yaml", FORCE)
+        for end in (".yaml", "_test.jsonl"):
+            refuse_existing(Path(a.lm_eval) / f"{a.name}{end}", FORCE)
     path = export_lm_eval(rows, a.lm_eval, a.name)
     print(f"written: {os.path.relpath(path)}\nnext: lm_eval --model hf --model_args pretrained=MODEL", end=" ")
     print(f"--tasks {a.name} --include_path {a.lm_eval}")
 
 
-def _exam_summary(rows):
+def _exam_lines(rows):
     "What an exam is made of and what it can show, as lines."
     found = exam_summary(rows)
     parts = Counter(q["part"] for q in rows if q.get("part"))

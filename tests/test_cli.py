@@ -581,6 +581,14 @@ def test_questions_names_what_is_wrong(case, tmp_path, capsys):
     assert status == 2 and names in err and "q.jsonl" in err
 
 
+def test_a_task_for_lm_eval_overwrites_no_questions_of_the_users(tmp_path, capsys):
+    own = tmp_path / "tasks" / "pumps_test.jsonl"
+    own.parent.mkdir()
+    own.write_text("mine")
+    words = ("questions", exam_file(tmp_path), "--lm-eval", own.parent, "--name", "pumps")
+    assert call(capsys, *words)[0] == 2 and own.read_text() == "mine"
+
+
 def test_questions_writes_a_task_for_lm_eval(tmp_path, capsys):
     exam = exam_file(tmp_path, n=4)
     status, out = said_by(capsys, "questions", exam, "--lm-eval", tmp_path / "tasks", "--name", "pumps")
@@ -613,6 +621,8 @@ def test_corpus_lists_the_most_similar_pairs(tmp_path, capsys):
     assert status == 0 and "1 pairs of 3 documents" in out and line.split()[0] == f"{len(both) / len(either):.0%}"
     assert "b.txt" in line and "c.txt" not in out
     assert call(capsys, "corpus", tmp_path, "--pairs", "0")[0] == 2
+    status, err = call(capsys, "corpus", tmp_path, "--pairs", "--out", tmp_path / "kept.jsonl")
+    assert status == 2 and "writes none" in err
 
 
 def test_pairs_are_cut_at_the_number_asked_for(tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 from domain_llm.core import InputError, read_json, read_jsonl
 from domain_llm.data.read import read_documents
 from domain_llm.demo.facts import demo_strings
-from domain_llm.demo.files import write_database, write_world
+from domain_llm.demo.files import spoil, write_database, write_world
 from domain_llm.demo.general import common_questions, general_instructions, general_text, python_docs
 from domain_llm.demo.world import make_world
 from domain_llm.judge.choice import CLOZE
@@ -444,3 +444,12 @@ def test_html_holds_the_page_and_its_junk(folder, d):
     soup = bs4.BeautifulSoup((folder[0] / row["source"]).read_text(encoding="utf-8"), "html.parser")
     assert soup.nav and soup.script and soup.footer
     assert all(line in soup.get_text() for line in row["text"].splitlines() if line.strip())
+
+
+def test_spoil_overwrites_nothing(tmp_path):
+    docs = write_world(tmp_path / "world", 0, 8)["docs"]
+    (docs / "web" / "forum.jsonl").write_text("mine")
+    with pytest.raises(InputError, match="forum.jsonl exists already"):
+        spoil(docs)
+    assert (docs / "web" / "forum.jsonl").read_text() == "mine"
+    assert not (docs / "book" / "annex.pdf").exists()

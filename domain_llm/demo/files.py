@@ -195,11 +195,16 @@ def _wrapped(path):
 def spoil(
     docs,  # the documents' folder of a written world
 ):
-    "Add the standards as one PDF, a forum dump with a broken line and a file cut off in transfer."
+    "Add the standards as one PDF, a forum dump with a broken line and a file cut off in transfer, once."
+    whole = docs / "standard" / "TLS-complete.pdf"
+    forum = docs / "web" / "forum.jsonl"
+    annex = docs / "book" / "annex.pdf"
+    for path in (whole, forum, annex):
+        refuse_existing(path)
     lines = [line for path in sorted((docs / "standard").glob("*.md")) for line in _wrapped(path)]
     starts = range(0, len(lines), 45)
     pages = [["Series TLS, complete edition", *lines[k : k + 45], f"Page {k // 45 + 1}"] for k in starts]
-    _pdf(docs / "standard" / "TLS-complete.pdf", pages)
+    _pdf(whole, pages)
     question = '{"text": "Does anybody know a good primer for steel that stands in salt water?"}'
-    (docs / "web" / "forum.jsonl").write_text(question + '\n{"text": "cut off\n')
-    (docs / "book" / "annex.pdf").write_bytes(b"%PDF-1.7 and then the transfer stopped")
+    forum.write_text(question + '\n{"text": "cut off\n')
+    annex.write_bytes(b"%PDF-1.7 and then the transfer stopped")

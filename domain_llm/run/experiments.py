@@ -107,7 +107,7 @@ def _bench(what, cfg, out):
     measured = _exam(cfg, out)
     arms, without = arm_recipes(what, cfg, read_jsonl(out / "corpus" / "documents.jsonl"))
     marks = {name: _mark(arm, cfg, out, measured) for name, arm in arms.items()}
-    _corpus(cfg, out)
+    _corpus(cfg, out)  # back in place of that of an arm with data of its own
     return _Bench(what, cfg, out, arms, without, measured, marks, _before(cfg, measured, out))
 
 # %% ../../nbs/65_run.experiments.ipynb #a875c001
@@ -206,7 +206,7 @@ def planned_ablation(
     tokens: int = None,
     output=None,
 ):
-    "The plan of an experiment as text: runs, time, and what each claim can tell. Reads the data, trains nothing."
+    "The plan of an experiment as text: runs, time, what each claim can tell. Measures the base model, trains nothing."
     seeds = _seeds(read_experiment(name), seeds)
     what, cfg, out = _opened(name, path, tokens, output)
     with keep.alone(out):
