@@ -45,9 +45,10 @@ class Runs:
             text=True,
         )
 
-    def run(self, path, out, seconds=None):
-        "Start a run and SIGKILL it after some time, or let it end; gives how it ended."
-        self.process.stdin.write(f"{path}\t{out}\n")
+    def run(self, path, out, seconds=None, experiment=None):
+        "Start a run (or an experiment) and SIGKILL it after some time, or let it end; gives how it ended."
+        given = [path, out, *([experiment] if experiment else [])]
+        self.process.stdin.write("\t".join(map(str, given)) + "\n")
         self.process.stdin.flush()
         pid = int(self.process.stdout.readline())
         if seconds is not None:

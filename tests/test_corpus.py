@@ -511,23 +511,27 @@ ADVERSE = {
 }
 
 
-@pytest.mark.parametrize("name", ADVERSE)
-def test_time_grows_with_the_text_not_with_its_square(tmp_path, name):
-    "200 kB take 5 seconds at most; what grew with the square took minutes."
+def _seconds_of_corpus(folder, name, size):
+    "Processor time of a corpus from a file of `size` characters of an adverse text and a good document."
     import time
 
-    text = (ADVERSE[name] * (200_000 // len(ADVERSE[name]) + 1))[:200_000]
-    (tmp_path / "a.html" if "<" in name or "&" in name else tmp_path / "a.txt").write_text(text)
-    (tmp_path / "good.txt").write_text(
+    folder.mkdir()
+    text = (ADVERSE[name] * (size // len(ADVERSE[name]) + 1))[:size]
+    (folder / ("a.html" if "<" in name or "&" in name else "a.txt")).write_text(text)
+    (folder / "good.txt").write_text(
         "A good document, long enough to be kept by every rule that the corpus chapter has for the length of a text."
     )
+    question = dict(question="Which grease is used for the crane in the yard?", choices=["lard", "tallow"], answer=1)
     began = time.process_time()
-    build_corpus(
-        tmp_path,
-        [dict(question="Which grease is used for the crane in the yard?", choices=["lard", "tallow"], answer=1)],
-        min_chars=50,
-    )
-    assert time.process_time() - began < 5
+    build_corpus(folder, [question], min_chars=50)
+    return time.process_time() - began
+
+
+@pytest.mark.parametrize("name", ADVERSE)
+def test_time_grows_with_the_text_not_with_its_square(tmp_path, name):
+    "200 kB take 5 seconds at most, on a slow machine less than 12 times as long as 50 kB; a square would be 16 times."
+    whole = _seconds_of_corpus(tmp_path / "whole", name, 200_000)
+    assert whole < 5 or whole < 12 * _seconds_of_corpus(tmp_path / "quarter", name, 50_000)
 
 
 def test_fences_by_the_rules_of_commonmark():
@@ -1360,3 +1364,15 @@ def test_real_questions_in_real_text():
 def test_paraphrases_are_quiet_on_real_text():
     rows = real_text()
     assert len(rows) > 300 and len(paraphrases(rows, mmlu())) <= 3
+
+
+def test_a_question_in_a_pdf_of_prose_costs_its_paragraph_only():
+    "Pages without blank lines: every line of the cleaned text is a paragraph, and only that of the leak goes."
+    question = "Which hydraulic fluid must the keeper of the northern lock pour into the old sluice drive?"
+    paragraph = "The crew walks the wall at dawn and writes down what the gauges say, one after the other, in ink."
+    lines = [f"{paragraph} This is remark {n} of the log." for n in range(40)]
+    lines[20] = f"{question} It is castor oil."
+    row = dict(text="\n".join(lines), source="a.pdf", kind="book", id="book-0")
+    kept, found = decontaminate([row], [dict(question=question, choices=["castor oil", "palm oil"], answer=0)])
+    assert [f["reason"] for f in found] == ["leak removed"]
+    assert kept[0]["text"] == "\n".join(lines[:20] + lines[21:])

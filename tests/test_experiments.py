@@ -2,6 +2,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -450,3 +451,30 @@ def test_advice_finds_the_share_that_keeps_the_budget():
     found, _ = experiments.advise(result, 0.15)
     want = 0.02 * 30**0.5 / 0.15 - 0.1
     assert found["feasible"] and abs((1 - found["share"]) - want) < 0.03
+
+
+def test_killed_at_random_moments_an_experiment_ends_the_same(tiny_folder, tmp_path, runs):
+    "Runs that were finished are kept, the one that was cut resumes, and nothing else is left in the folder."
+    (tmp_path / "e.yaml").write_text(THEN)
+    recipe = small(tiny_folder) | dict(mix=dict(tokens=600), evaluate=dict(questions=8, probe_tokens=100))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+
+    out, log, rng, killed = tmp_path / "out", tmp_path / "out.log", random.Random(0), 0
+
+    def run(seconds=None):
+        return runs.run(tmp_path / "r.yaml", out, seconds, tmp_path / "e.yaml")
+
+    def left():
+        "The files of the experiment, and its figures."
+        files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+        result = json.loads((out / "result.json").read_text())
+        return files, {name: result[name] for name in ("arms", "before", "runs", "claims", "without")}
+
+    began = time.monotonic()
+    assert run() == "exit 0", log.read_text()[-2000:]
+    longest, whole = time.monotonic() - began, left()
+    out.rename(tmp_path / "whole")  # the same folder again: rows name the files that they come from
+    for _ in range(3):
+        killed += run(rng.uniform(0.1, longest / 2)) == "signal 9"
+    assert run() == "exit 0", log.read_text()[-2000:]
+    assert killed >= 1 and left() == whole

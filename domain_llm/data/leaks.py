@@ -125,18 +125,21 @@ def find_leaks(
 
 # %% ../../nbs/22_data.leaks.ipynb #4449ba1f
 _LIST_LINE = re.compile(r"\s*(?:[-*+|•]|\(?\w{1,2}[.)、:：]|[QA问答]\w*\s*[:：])")
+_SENTENCE_END = re.compile(r"[.!?:;。！？：；…][\"'”’»)\]]*\s*$")
 
 
 def paragraphs(
     text: str,
 ):
-    "Pieces that join to the text again: paragraphs, and single lines where these are items, rows or dialogue."
+    "Pieces that join to the text again: paragraphs, and single lines where these are items, rows or sentences."
     out = []
     for block in re.findall(r"(?:.+\n?)+\n*|\n+", text):
         lines = block.splitlines(keepends=True)
         filled = [line for line in lines if line.strip()]
         items = sum(bool(_LIST_LINE.match(line)) for line in filled)
-        out += lines if 2 * items >= len(filled) else [block]
+        whole = sum(bool(_SENTENCE_END.search(line)) for line in filled)  # lines that are not wrapped, as in a PDF
+        apart = 2 * items >= len(filled) or 4 * whole >= 3 * len(filled)
+        out += lines if apart else [block]
     return out
 
 # %% ../../nbs/22_data.leaks.ipynb #5bc24f72

@@ -276,7 +276,8 @@ def _publish(result, out):
     "Write result.json and the figures, and put them at the root of the experiment."
     import matplotlib.pyplot as plt
 
-    folder, done = keep.begin(out, "result", [fingerprint(result)])
+    found = {name: value for name, value in result.items() if name != "provenance"}
+    folder, done = keep.begin(out, "result", [fingerprint(found)])  # the same result keeps its first provenance
     if not done:
         write_json(folder / "result.json", result)
         drawn = {"trade.png": picture(result)}
