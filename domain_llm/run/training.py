@@ -16,6 +16,7 @@ from ..core import atomic_dir, read_json, read_jsonl, write_json
 from ..data.mix import mixture, tokenize
 from ..data.select import embed, select
 from ..models import load, quiet
+from ..small_world import SMALL_WORLD, small_model
 from ..train.loop import add_lora, train
 from ..train.pretrain import interpolate, make_probe, probe_texts
 from ..train.sft import SFT_DEFAULTS, encode_all
@@ -28,6 +29,8 @@ def pretrain_stage(
 ):
     "Continued pre-training on the mixture; the best checkpoint by the probes becomes the stage's model."
     model, tok = load(cfg["model"], trust_remote_code=cfg["trust_remote_code"])
+    if cfg["model"] == SMALL_WORLD:
+        model = small_model(tok, cfg["seed"])  # trained from nothing: the seed draws its weights, too
     docs = _selected(read_jsonl(read["documents"]), cfg, model, tok)
     wanted = {name: cfg["mix"][name] for name in ("epochs", "tokens", "max_epochs")}
     rows, planned = mixture(_sources(cfg, read, docs, tok), cfg["mix"]["parts"], seed=cfg["seed"], **wanted)

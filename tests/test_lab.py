@@ -1,0 +1,120 @@
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from domain_llm.core import InputError, read_json
+from domain_llm.demo.facts import demo_strings
+from domain_llm.demo.lab import as_instructions, make_lab, with_wrong_answers
+from domain_llm.models import chat, load
+from domain_llm.run.pipeline import run_recipe
+from domain_llm.small_world import small_model, small_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_document_states_the_four_facts_of_its_machine_and_no_others():
+    lab, values = make_lab(seed=3, entities=20, renderings=5), {}
+    for q in lab["questions"]:
+        values.setdefault(q["group"], {})[q["attribute"]] = q["value"]
+    assert len(values) == 20 and all(len(own) == 4 for own in values.values())
+    named = Counter(d["source"] for d in lab["documents"])
+    assert set(named.values()) == {5} and set(named) == set(values)
+    for d in lab["documents"]:
+        assert all(value in d["text"] for value in values[d["source"]].values())
+        assert not any(other in d["text"] for other in values if other != d["source"])
+
+
+def test_only_taught_machines_are_in_the_conversations():
+    lab = make_lab(seed=1, entities=20, renderings=1, wordings=8)
+    part = {q["group"]: q["part"] for q in lab["questions"]}
+    assert Counter(part.values()) == {"taught": 10, "held-out": 10}
+    text = " ".join(turn["content"] for row in lab["instructions"] for turn in row["messages"])
+    assert {m for m in part if m in text} == {m for m in part if part[m] == "taught"}
+    assert len(lab["instructions"]) == 10 * 4 * 8 and len(lab["questions"]) == 20 * 4 * 8
+    asked = [q["question"] for q in lab["questions"]]
+    assert len(set(asked)) == len(asked)
+
+
+def test_values_are_equally_frequent_so_that_guessing_gives_one_in_ten():
+    strings = demo_strings()["attributes"]
+    lab = make_lab(entities=100, renderings=1, wordings=1)
+    for a in strings:
+        counts = Counter(q["value"] for q in lab["questions"] if q["attribute"] == a)
+        assert set(counts) == set(strings[a]["values"]) and max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_one_wording_gives_equal_documents_and_many_give_different_ones():
+    one = make_lab(entities=8, renderings=4, one_wording=True)["documents"]
+    many = make_lab(entities=8, renderings=4)["documents"]
+    assert len({d["text"] for d in one}) == 8 and len({d["text"] for d in many}) > 24
+
+
+def test_seeds_redraw_names_values_and_halves():
+    a, b = make_lab(seed=0, entities=20, renderings=1), make_lab(seed=1, entities=20, renderings=1)
+    assert a == make_lab(seed=0, entities=20, renderings=1)
+    assert {q["group"] for q in a["questions"]} != {q["group"] for q in b["questions"]}
+
+
+def test_wrong_answers_keep_the_form_and_are_wrong():
+    questions = make_lab(seed=2, entities=20, renderings=1)["questions"]
+    wrong = with_wrong_answers(questions, seed=0)
+    right = {q["question"]: q for q in questions}
+    assert {w["question"] for w in wrong} == set(right)
+    for w in wrong:
+        q = right[w["question"]]
+        assert w["value"] != q["value"] and w["reference"] == q["reference"].replace(q["value"], w["value"])
+    rows = as_instructions(wrong)
+    assert rows[0]["messages"][1] == dict(role="assistant", content=wrong[0]["reference"])
+
+
+@pytest.mark.parametrize("wrong", [dict(entities=7), dict(renderings=0), dict(wordings=9), dict(wordings=0)])
+def test_impossible_sizes_are_refused(wrong):
+    with pytest.raises(InputError, match="8 entities"):
+        make_lab(**wrong)
+
+
+def test_the_tokenizer_is_what_its_script_makes_and_loses_nothing():
+    sys.path.insert(0, str(ROOT / "tools"))
+    import make_small_world
+
+    assert make_small_world.ASSET.read_text(encoding="utf-8") == make_small_world.train() + "\n"
+    tok = small_tokenizer()
+    for text in ("The Turner 66 takes corn oil.", "液压油：全角，１２３。", "a\n\tb  <x> é", "12345 kg"):
+        assert tok.decode(tok(text).input_ids) == text
+    assert len(tok("12345").input_ids) == 5
+
+
+def test_small_world_loads_like_any_model_and_seeds_draw_weights():
+    model, tok = load("small-world")
+    assert sum(p.numel() for p in model.parameters()) < 1_000_000
+    a, b = small_model(tok, 0), small_model(tok, 1)
+    same = [(x == y).all() for x, y in zip(model.parameters(), a.parameters())]
+    assert all(same) and any((x != y).any() for x, y in zip(a.parameters(), b.parameters()))
+    assert len(chat(model, tok, ["What?"], max_new_tokens=3)) == 1
+
+
+def test_a_recipe_trains_the_small_world_from_weights_of_its_seed(tmp_path):
+    "Two seeds of one recipe start from other weights, so one step of hardly any rate leaves them different."
+    from safetensors.torch import load_file
+
+    weights = []
+    for seed in (0, 1):
+        text = f"""
+model: small-world
+seed: {seed}
+demo: 8
+sft: false
+quantize: false
+mix: {{parts: {{domain: 1}}, tokens: 300}}
+pretrain: {{learning_rate: 1e-9, probes: 1, length: 128, tokens_per_step: 512}}
+evaluate: {{questions: 8, probe_tokens: 100}}
+"""
+        (tmp_path / "r.yaml").write_text(text)
+        run_recipe(tmp_path / "r.yaml", tmp_path / f"out{seed}")
+        weights.append(load_file(tmp_path / f"out{seed}" / "pretrain" / "model" / "model.safetensors"))
+        assert read_json(tmp_path / f"out{seed}" / "metrics.json")
+    start = dict(small_model(small_tokenizer(), 1).named_parameters())
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (weights[1][name] - start[name]).abs().max() < 1e-5 < (weights[0][name] - start[name]).abs().max()

@@ -1,0 +1,45 @@
+"""Train the tokenizer of the small world on the made-up industry and write it into the package.
+
+    python tools/make_small_world.py
+
+The same demo strings give the same file; tests/test_lab.py compares.
+"""
+
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from domain_llm.demo.lab import make_lab
+
+PIECES = 1024
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+ASSET = Path(__file__).resolve().parent.parent / "domain_llm" / "assets" / "small_world_tokenizer.json"
+
+
+def texts():
+    "Documents and conversations of a world that no experiment uses."
+    lab = make_lab(seed=999, entities=200, renderings=4, wordings=8)
+    said = [turn["content"] for row in lab["instructions"] for turn in row["messages"]]
+    return random.Random(0).sample([d["text"] for d in lab["documents"]] + said, k=len(lab["documents"]) + len(said))
+
+
+def train():
+    "The trained tokenizer as JSON text."
+    tok = Tokenizer(models.BPE())
+    alone = pre_tokenizers.Digits(individual_digits=True)
+    tok.pre_tokenizer = pre_tokenizers.Sequence([alone, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=PIECES,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tok.train_from_iterator(texts(), trainer)
+    return tok.to_str()
+
+
+if __name__ == "__main__":
+    ASSET.write_text(train() + "\n", encoding="utf-8")
+    print(f"wrote {ASSET.name}, {ASSET.stat().st_size:,} bytes")
