@@ -89,8 +89,10 @@ def test_what_a_tool_makes_is_current(tool):
 
 
 def test_help_is_fast():
+    "Half a second, or on a slow machine less than four times what importing its libraries takes."
     best = min(_seconds(["domain-llm", "--help"]) for _ in range(3))
-    assert best < 0.5
+    libraries = [sys.executable, "-c", "import numpy, pydantic, yaml"]
+    assert best < 0.5 or best < 4 * min(_seconds(libraries) for _ in range(3))
 
 
 def _seconds(command):
