@@ -1,6 +1,7 @@
 """Instructions made of annotated rows and of documents alone."""
 
 import re
+import time
 
 import pytest
 
@@ -294,3 +295,13 @@ def test_questions_whose_answer_has_no_clear_end_are_left():
 def test_causes_stand_in_the_same_paragraph():
     assert list(reasons("Salt eats steel.\n\nTherefore, rinse it.")) == []
     assert list(reasons("水位上升，因此闸门关闭，所以船舶停航。")) == []  # which of the two follows from what?
+
+
+def test_a_long_or_strange_document_takes_no_long_time():
+    heading = "## 3 Terms\n\n3.1 Bush: the sleeve in which a shaft turns.\n\nA line. Therefore, another.\n"
+    texts = ["\n" * 20_000, "| a " * 9000, "Q: " * 9000, "，因此" * 9000, "A b " * 9000, "- a: " * 9000]
+    texts += ["# T\n" + "a line of text\n" * 9000, heading * 500, "“" * 9000, "1. " * 9000]
+    start = time.process_time()
+    for text in texts:
+        mined([dict(text=text + "x")], MINED)
+    assert time.process_time() - start < 10

@@ -6,12 +6,12 @@
 __all__ = ['is_triple', 'stated_triples', 'answered_questions', 'around', 'beginning', 'defined_terms', 'reasons',
            'title_and_body', 'long_paragraph', 'procedures']
 
-# %% ../../nbs/93_data.patterns.ipynb #d9ae5d5d
+# %% ../../nbs/93_data.patterns.ipynb #1979a0db
 import re
 
 from .formats import CJK
 
-# %% ../../nbs/93_data.patterns.ipynb #28a445cb
+# %% ../../nbs/93_data.patterns.ipynb #63ee8f37
 _NUMBER = r"(?:\d+(?:\.\d+)*|第[一二三四五六七八九十百\d]+[章节条])"
 _HEADING = re.compile(rf"(#{{1,6}}) +(\S.*)|({_NUMBER}) +([^\d\s|].{{0,60}}[^.。;；:：,，!！\s])$")
 _GENERIC = re.compile(
@@ -58,7 +58,7 @@ def _runs(lines, pattern):
             yield at - len(run), run
             run = []
 
-# %% ../../nbs/93_data.patterns.ipynb #072946da
+# %% ../../nbs/93_data.patterns.ipynb #05f6d3a8
 _NAMES = re.compile(r"(?:model|type|name|product|machine|device|part)s?|型号|名称|产品|设备|机型|部件", re.I)
 _PROPERTIES = re.compile("item|property|attribute|parameter|feature|项目|属性|参数|指标|特性|性能", re.I)
 _VALUES = re.compile(r"values?|settings?|数值|参数值|取值|值", re.I)
@@ -84,7 +84,7 @@ def _table_triples(cells, subject):
         return [[row[0], *pair] for row in body for pair in zip(header[1:], row[1:])]
     return []
 
-# %% ../../nbs/93_data.patterns.ipynb #3a53c04d
+# %% ../../nbs/93_data.patterns.ipynb #2f0907e2
 def _named_in(name, title):
     "Whether a name stands in a title as a whole."
     return bool(re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", title))
@@ -105,7 +105,7 @@ def _pair_triples(pairs, subject, title):
     remarks = any(_REMARK.match(pair["property"]) for pair in pairs)
     return triples if len(triples) > 1 and not remarks and all(name for name, *_ in triples) else []
 
-# %% ../../nbs/93_data.patterns.ipynb #60b7a19c
+# %% ../../nbs/93_data.patterns.ipynb #97674aaf
 def is_triple(
     value,
 ):
@@ -122,7 +122,7 @@ def _clear(triples):
         values.setdefault((s, p), set()).add(v)
     return [list(t) for t in dict.fromkeys(whole) if len(values[t[:2]]) == 1]
 
-# %% ../../nbs/93_data.patterns.ipynb #ea552bb6
+# %% ../../nbs/93_data.patterns.ipynb #1cfb2ae9
 def _blocks(lines, headings):
     "Tables and lists of 'property: value' with their triples: (place, lines, triples)."
     for at, matches in _runs(lines, re.compile(r"\|(.+)\|$")):
@@ -150,10 +150,10 @@ def stated_triples(
             found.append(dict(text="\n\n".join(block), triples=_clear(triples)))
     return found
 
-# %% ../../nbs/93_data.patterns.ipynb #23b241d9
+# %% ../../nbs/93_data.patterns.ipynb #ff183793
 _ASK = r"(?:Q|Question|问题?)\s?\d*\s?[:：]"
 _FAQ = re.compile(
-    rf"^[*#\s-]*{_ASK}[* ]*(?P<question>[^\n]*?[?？]|[^\n]+(?=\n))[*\s]*(?:A|Answer|答案?)\s?\d*\s?[:：][* ]*"
+    rf"^[*#> \t-]*{_ASK}[* ]*(?P<question>[^\n]*?[?？]|[^\n]+(?=\n))[*\s]*(?:A|Answer|答案?)\s?\d*\s?[:：][* ]*"
     rf"(?P<answer>[^\n]+)(?=\s*\Z|\s*\n\s*\n|\n[\W_]*{_ASK})",
     re.M,
 )
@@ -165,7 +165,7 @@ def answered_questions(
     "Pairs (question, answer) of lines 'Q: ...', 'A: ...' or 问：…，答：… in a text."
     return [(match["question"].strip("* "), match["answer"].strip("* ")) for match in _FAQ.finditer(text)]
 
-# %% ../../nbs/93_data.patterns.ipynb #ecda7e6e
+# %% ../../nbs/93_data.patterns.ipynb #328c3ddf
 def around(
     text: str,
     part: str,  # what must be in it
@@ -174,10 +174,13 @@ def around(
     "Whole paragraphs of the text around a part of it, at most `longest` bytes; '' if the part's own is longer."
     if len(text.encode()) <= longest:
         return text.strip()
-    paragraphs = re.split(r"\n\s*\n", text)
-    first = last = next((i for i, paragraph in enumerate(paragraphs) if part in paragraph), 0)
+    at = text.find(part)
+    start, stop = max(at - longest, 0), at + len(part) + longest
+    paragraphs = re.split(r"\n\s*\n", text[start:stop])
+    paragraphs = paragraphs[1 if start > 0 else 0 : -1 if stop < len(text) else None]  # without those that were cut
+    first = last = next((i for i, paragraph in enumerate(paragraphs) if part in paragraph), len(paragraphs))
     chosen = ""
-    while first >= 0 and last < len(paragraphs):
+    while last < len(paragraphs):
         wider = "\n\n".join(paragraphs[first : last + 1])
         if len(wider.encode()) > longest:
             break
@@ -189,12 +192,13 @@ def beginning(
     text: str,
     longest: int,  # UTF-8 bytes
 ):
-    "The first lines of a text, at most `longest` bytes."
-    while len(text.encode()) > longest:
-        text = text.rpartition("\n")[0].strip()
-    return text
+    "The first whole lines of a text, at most `longest` bytes."
+    raw = text.encode("utf-8", "ignore")
+    if len(raw) <= longest:
+        return text
+    return raw[: longest + 1].decode("utf-8", "ignore").rpartition("\n")[0].strip()
 
-# %% ../../nbs/93_data.patterns.ipynb #bfd67818
+# %% ../../nbs/93_data.patterns.ipynb #99dfc757
 _ITEM = re.compile(rf"(?:[-*•] |\(?\d+[.)] |（\d+）|\d+、|\d+(?:\.\d+)+ (?=[A-Z“\"{CJK}]))\s*")
 _SHORT = re.compile(r"(?:\b(?:e\.g|i\.e|etc|Dr|Mr|Mrs|Ms|Prof|St|No|Nos|Fig|Eq|Sec|vs|cf|Inc|Ltd|Co|Art)|\b[A-Z])\.$")
 
@@ -222,7 +226,7 @@ def _prose(text):
     lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line and "|" not in line and not _HEADING.match(line)]
 
-# %% ../../nbs/93_data.patterns.ipynb #327c22fd
+# %% ../../nbs/93_data.patterns.ipynb #539eb74a
 _WORD = "[^\\s，。；：！？“”「」、（）,.;:|]"
 _DEFINED = [
     re.compile(pattern)
@@ -247,13 +251,13 @@ def defined_terms(
 ):
     "Terms and the sentences that define them, in their order: [(term, sentence), ...]."
     lines = [line.strip() for line in text.splitlines()]
-    headings = _headings(lines)
-    found = {}
+    titles = {at: title for at, _, title in _headings(lines)}
+    above, found = "", {}
     for at, line in enumerate(lines):
-        above = [title for place, _, title in headings if place < at]
-        sentences = _sentences(line) if "|" not in line and not _HEADING.match(line) else []
+        above = titles.get(at, above)
+        sentences = _sentences(line) if "|" not in line and at not in titles else []
         patterns = _DEFINED
-        if above and _TERMS.match(above[-1]) and _ITEM.match(line) and len(sentences) == 1:
+        if _TERMS.match(above) and _ITEM.match(line) and len(sentences) == 1:
             patterns = [*_DEFINED, _LISTED]
         for sentence in sentences:
             match = next(filter(None, (pattern.match(sentence) for pattern in patterns)), None)
@@ -261,9 +265,11 @@ def defined_terms(
                 found.setdefault(match["term"], sentence)
     return list(found.items())
 
-# %% ../../nbs/93_data.patterns.ipynb #e6e1aaee
+# %% ../../nbs/93_data.patterns.ipynb #37a017ec
 _SO = re.compile(r"(?:Therefore|Consequently|As a result|Hence|For this reason), |(?:因此|所以|因而|由此可见|故而)，?")
-_WITHIN = re.compile(r"(?:由于|因为)?(?P<cause>[^。；]{6,}?)[，；](?:因此|所以|因而)，?(?P<effect>[^。；]{4,}[。])$")
+_WITHIN = re.compile(
+    r"(?:由于|因为)?(?P<cause>[^。；]{6,200}?)[，；](?:因此|所以|因而)，?(?P<effect>[^。；]{4,300}。)$"
+)
 
 
 def reasons(
@@ -280,7 +286,7 @@ def reasons(
                 yield inside["cause"], inside["effect"]
             before = sentence
 
-# %% ../../nbs/93_data.patterns.ipynb #10bbb525
+# %% ../../nbs/93_data.patterns.ipynb #4fa62837
 _MARKED = re.compile(r"\s*#{1,6} +(?P<title>[^\n]+)\n\s*(?P<body>\S.+)", re.S)
 _PLAIN = re.compile(
     r"\s*(?P<title>[^\s|>*-][^\n|>]{0,98}[^\n|>.。!！:：,，;；])\n\s*\n\s*(?P<body>\S.+)",
@@ -295,7 +301,7 @@ def title_and_body(
     match = _MARKED.match(text) or _PLAIN.match(text)
     return (match["title"].strip(), match["body"].strip()) if match else None
 
-# %% ../../nbs/93_data.patterns.ipynb #e4537a51
+# %% ../../nbs/93_data.patterns.ipynb #a351a279
 def long_paragraph(
     text: str,
 ):
@@ -308,7 +314,7 @@ def long_paragraph(
     at = line.index(sentences[len(sentences) // 2])
     return line[:at].strip(), line[at:]
 
-# %% ../../nbs/93_data.patterns.ipynb #5d59ee77
+# %% ../../nbs/93_data.patterns.ipynb #146f9594
 _STEP = re.compile(
     r"(?:\(?(?P<n>\d{1,2})[.)、]|（(?P<m>\d{1,2})）|第(?P<h>[一二三四五六七八九十])步[：:，]?) *(?P<step>\D.+)"
 )

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'MINED', 'ANNOTATED', 'language', 'document_questions', 'document_triples', 'search_summary', 'text_to_sql',
            'definitions', 'multiple_choice_rows', 'reading_comprehension', 'mined']
 
-# %% ../../nbs/28_data.tasks.ipynb #2fc4dee4
+# %% ../../nbs/28_data.tasks.ipynb #c493f990
 import json
 import random
 import re
@@ -28,7 +28,7 @@ from domain_llm.data.patterns import (
 )
 from ..demo.facts import read_asset
 
-# %% ../../nbs/28_data.tasks.ipynb #dc2b3470
+# %% ../../nbs/28_data.tasks.ipynb #75114420
 def language(
     text: str,
 ):
@@ -50,7 +50,7 @@ def _instruction(rng, form, task, answer, said, **fill):
     messages = [dict(role="user", content=asked), dict(role="assistant", content=answer)]
     return dict(messages=messages, task=task)
 
-# %% ../../nbs/28_data.tasks.ipynb #ef038ab4
+# %% ../../nbs/28_data.tasks.ipynb #9e7031bf
 def _is_text(value):
     return isinstance(value, str) and bool(value.strip())
 
@@ -75,7 +75,7 @@ def _texts(
                 _refuse(name, n, row, f"has no text under '{key}'{near}, give {', '.join(keys)}")
     return rows
 
-# %% ../../nbs/28_data.tasks.ipynb #e3b221ce
+# %% ../../nbs/28_data.tasks.ipynb #bf385cab
 def document_questions(
     rows,  # {"text", "question", "answer"}
     seed: int = 0,  # of the wordings
@@ -91,7 +91,7 @@ def document_questions(
         out.append(_instruction(rng, form, "d2qa", "\n\n".join(pairs), text, text=text))
     return out
 
-# %% ../../nbs/28_data.tasks.ipynb #08b5c717
+# %% ../../nbs/28_data.tasks.ipynb #b66c5cd6
 def document_triples(
     rows,  # {"text", "triples": [[subject, property, value], ...]}
     seed: int = 0,  # of the wordings
@@ -107,7 +107,7 @@ def document_triples(
         out.append(_instruction(rng, "triples", "d2spo", lines, row["text"], text=row["text"]))
     return out
 
-# %% ../../nbs/28_data.tasks.ipynb #ca462f2f
+# %% ../../nbs/28_data.tasks.ipynb #9c0616f6
 def search_summary(
     rows,  # {"query", "results": [text, ...], "summary"}
     seed: int = 0,  # of the wordings
@@ -124,7 +124,7 @@ def search_summary(
         out.append(_instruction(rng, "summary", "search2sum", row["summary"], row["summary"], **fill))
     return out
 
-# %% ../../nbs/28_data.tasks.ipynb #877cdaad
+# %% ../../nbs/28_data.tasks.ipynb #4f110ec6
 def text_to_sql(
     rows,  # {"question", "sql", "schema"}
     seed: int = 0,  # of the wordings
@@ -137,7 +137,7 @@ def text_to_sql(
         for r in rows
     ]
 
-# %% ../../nbs/28_data.tasks.ipynb #09695016
+# %% ../../nbs/28_data.tasks.ipynb #68c33c02
 def definitions(
     rows,  # {"term", "definition"}
     seed: int = 0,  # of the wordings
@@ -147,7 +147,7 @@ def definitions(
     rows = _texts(rows, "definitions", "term", "definition")
     return [_instruction(rng, "define", "definitions", r["definition"], r["definition"], term=r["term"]) for r in rows]
 
-# %% ../../nbs/28_data.tasks.ipynb #53d4d1e0
+# %% ../../nbs/28_data.tasks.ipynb #a1dae1c9
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -169,14 +169,14 @@ def multiple_choice_rows(
         out.append(_instruction(rng, "choice", "multiple_choice", options[answer], row["question"], **fill))
     return out
 
-# %% ../../nbs/28_data.tasks.ipynb #c5e36f9b
+# %% ../../nbs/28_data.tasks.ipynb #c23caebe
 def _title(rng, text, longest):
     "The title of a text, and the text of a title, from its beginning on."
     title, body = title_and_body(text) or ("", "")
     passage = beginning(body, longest)
     if passage:
-        yield _instruction(rng, "title", "title", title, text, text=passage)
-        yield _instruction(rng, "body", "title", passage, text, title=title)
+        yield _instruction(rng, "title", "title", title, passage, text=passage)
+        yield _instruction(rng, "body", "title", passage, passage, title=title)
 
 
 def _definition(rng, text, longest):
@@ -184,7 +184,7 @@ def _definition(rng, text, longest):
     for term, sentence in defined_terms(text):
         passage = around(text, sentence, longest)
         if passage:
-            yield _instruction(rng, "definition", "definition", sentence, text, text=passage, term=term)
+            yield _instruction(rng, "definition", "definition", sentence, passage, text=passage, term=term)
 
 
 def _terms(rng, text, longest):
@@ -192,22 +192,22 @@ def _terms(rng, text, longest):
     found = defined_terms(text)
     said = "\n".join(sentence for _, sentence in found)
     if len(found) > 2 and len(said.encode()) <= longest:
-        yield _instruction(rng, "terms", "terms", "\n".join(term for term, _ in found), text, text=said)
+        yield _instruction(rng, "terms", "terms", "\n".join(term for term, _ in found), said, text=said)
 
-# %% ../../nbs/28_data.tasks.ipynb #616d15b1
+# %% ../../nbs/28_data.tasks.ipynb #fc625236
 def _reason(rng, text, longest):
     "What follows from a cause that the text names."
     for cause, effect in reasons(text):
         passage = around(text, effect, longest)
         if passage:
-            yield _instruction(rng, "reason", "reason", effect, text, text=passage, cause=cause)
+            yield _instruction(rng, "reason", "reason", effect, passage, text=passage, cause=cause)
 
 
 def _continuation(rng, text, longest):
     "The second half of the longest paragraph."
     first, second = long_paragraph(text) or ("", "")
     if first and len((first + second).encode()) <= longest:
-        yield _instruction(rng, "continuation", "continuation", second, text, text=first)
+        yield _instruction(rng, "continuation", "continuation", second, first, text=first)
 
 
 def _steps(rng, text, longest):
@@ -216,11 +216,11 @@ def _steps(rng, text, longest):
         ordered = "\n".join(steps)
         if len(ordered.encode()) <= longest:
             shuffled = "\n".join(f"- {step}" for step in rng.sample(steps, len(steps)))
-            yield _instruction(rng, "steps", "steps", ordered, text, title=title, steps=shuffled)
+            yield _instruction(rng, "steps", "steps", ordered, ordered, title=title, steps=shuffled)
             k = rng.randrange(len(steps) - 1)
-            yield _instruction(rng, "next", "steps", steps[k + 1], text, title=title, step=steps[k])
+            yield _instruction(rng, "next", "steps", steps[k + 1], ordered, title=title, step=steps[k])
 
-# %% ../../nbs/28_data.tasks.ipynb #1c577c62
+# %% ../../nbs/28_data.tasks.ipynb #5fd0ddd6
 _KINDS = dict(
     title=_title,
     definition=_definition,
@@ -259,7 +259,7 @@ def reading_comprehension(
             out += _KINDS[kind](rng, doc["text"], longest)
     return out
 
-# %% ../../nbs/28_data.tasks.ipynb #a3eb7d8d
+# %% ../../nbs/28_data.tasks.ipynb #f14921c1
 def _mined_triples(docs, longest):
     "Rows {'text', 'triples'} of the documents' tables and lists."
     rows = [row for doc in docs for row in stated_triples(doc["text"])]
@@ -270,8 +270,8 @@ def _mined_questions(docs, rng, longest):
     "Rows {'text', 'question', 'answer'} of pages of questions and answers, and of tables and lists."
     for doc in docs:
         for question, answer in answered_questions(doc["text"]):
-            passage = around(doc["text"], answer, longest)
-            if passage:
+            passage = around(doc["text"], question, longest)
+            if answer in passage:
                 yield dict(text=passage, question=question, answer=answer)
         for row in _mined_triples([doc], longest):
             wordings = _phrasings()[language(row["text"])]["property"]
