@@ -521,6 +521,9 @@ def saved_bytes(config, tokens, rank):
     return sum(n for n, head in kept.values() if not head), sum(n for n, head in kept.values() if head)
 
 
+CLOSE = 0.15 if half_dtype("cpu").itemsize == 2 else 0.25  # the formula was made for training in 16 bits
+
+
 @pytest.mark.parametrize("tokens", [1280, 256])
 @pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize(
@@ -538,7 +541,7 @@ def test_activations_are_what_autograd_keeps(shape, rank, tokens):
     body, head = saved_bytes(config, tokens, rank)
     cpu = {**CPU, "half": half_dtype("cpu").itemsize}
     parts = memory_parts(set_, sizes(config), cpu)
-    assert parts["activations"] == pytest.approx(body, rel=0.15)
+    assert parts["activations"] == pytest.approx(body, rel=CLOSE)
     assert parts["logits"] >= head  # and what the backward pass adds
 
 
@@ -568,7 +571,7 @@ print(peak_memory_gb(), sum(memory_parts(set_, size, this_device()).values()) / 
 def test_a_training_peaks_where_the_formula_says(tmp_path):
     done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
     peak, formula = map(float, done.stdout.split()[-2:])
-    assert formula == pytest.approx(peak, rel=0.15)
+    assert formula == pytest.approx(peak, rel=CLOSE)
 
 
 def test_memory_is_a_note_a_warning_or_an_error_by_what_fits(seven):

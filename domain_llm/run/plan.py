@@ -144,11 +144,12 @@ def memory_parts(
     activations = 2.7 * n * sum(inputs + outputs for inputs, outputs in size["matrices"])
     if cpu and n <= 1024:
         activations += 4.5 * n * n * size["heads"] * size["layers"]
+    wide = 1 if half == 2 else 1.56  # not twice: 32-bit norms and softmax are kept in 16-bit training as well
     return {
         "weights": half * trained if full else frozen * size["parameters"] + 4 * trained,
         "gradients": trained * ((half if full else 4) + 4),  # and a 32-bit copy
         "masters and moments": trained * (4 + 8),
-        "activations": activations * half / 2,
+        "activations": activations * wide,
         "logits": n * size["vocabulary"] * (3 * half if full or half == 4 else 14),
         "Python and PyTorch": PROGRAM,
     }

