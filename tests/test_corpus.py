@@ -511,27 +511,20 @@ ADVERSE = {
 }
 
 
-def _seconds_of_corpus(folder, name, size):
-    "Processor time of a corpus from a file of `size` characters of an adverse text and a good document."
+@pytest.mark.parametrize("name", ADVERSE)
+def test_time_grows_with_the_text_not_with_its_square(tmp_path, name):
+    "200 kB take seconds (the slowest 4 to 12, by the machine); what grew with the square took minutes."
     import time
 
-    folder.mkdir()
-    text = (ADVERSE[name] * (size // len(ADVERSE[name]) + 1))[:size]
-    (folder / ("a.html" if "<" in name or "&" in name else "a.txt")).write_text(text)
-    (folder / "good.txt").write_text(
+    text = (ADVERSE[name] * (200_000 // len(ADVERSE[name]) + 1))[:200_000]
+    (tmp_path / "a.html" if "<" in name or "&" in name else tmp_path / "a.txt").write_text(text)
+    (tmp_path / "good.txt").write_text(
         "A good document, long enough to be kept by every rule that the corpus chapter has for the length of a text."
     )
     question = dict(question="Which grease is used for the crane in the yard?", choices=["lard", "tallow"], answer=1)
     began = time.process_time()
-    build_corpus(folder, [question], min_chars=50)
-    return time.process_time() - began
-
-
-@pytest.mark.parametrize("name", ADVERSE)
-def test_time_grows_with_the_text_not_with_its_square(tmp_path, name):
-    "200 kB take 5 seconds at most, on a slow machine less than 12 times as long as 50 kB; a square would be 16 times."
-    whole = _seconds_of_corpus(tmp_path / "whole", name, 200_000)
-    assert whole < 5 or whole < 12 * _seconds_of_corpus(tmp_path / "quarter", name, 50_000)
+    build_corpus(tmp_path, [question], min_chars=50)
+    assert time.process_time() - began < 30
 
 
 def test_fences_by_the_rules_of_commonmark():
