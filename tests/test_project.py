@@ -42,7 +42,7 @@ def test_notebook_runs(path):
         env=env,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
     )
     assert p.returncode == 0, (p.stdout + p.stderr)[-4000:]
 
