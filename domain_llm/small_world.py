@@ -34,20 +34,18 @@ def small_tokenizer():
 def small_model(
     tok,  # from `small_tokenizer`
     seed: int = 0,  # of the random weights
-    width: int = 128,  # of the hidden states, a multiple of 32
-    layers: int = 4,
 ):
-    "A Llama with random weights, heads of width 32, and as many rows as the tokenizer has pieces."
+    "A Llama of four layers with random weights, and as many rows as the tokenizer has pieces."
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=len(tok),
-        hidden_size=width,
-        intermediate_size=8 * (width // 3),
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
+        hidden_size=128,
+        intermediate_size=336,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -513,7 +513,7 @@ ADVERSE = {
 
 @pytest.mark.parametrize("name", ADVERSE)
 def test_time_grows_with_the_text_not_with_its_square(tmp_path, name):
-    "200 kB take seconds (the slowest 4 to 12, by the machine); what grew with the square took minutes."
+    "200 kB take seconds; what grew with the square took minutes. Thousands of short blocks cost justext a square."
     import time
 
     text = (ADVERSE[name] * (200_000 // len(ADVERSE[name]) + 1))[:200_000]
@@ -524,7 +524,7 @@ def test_time_grows_with_the_text_not_with_its_square(tmp_path, name):
     question = dict(question="Which grease is used for the crane in the yard?", choices=["lard", "tallow"], answer=1)
     began = time.process_time()
     build_corpus(tmp_path, [question], min_chars=50)
-    assert time.process_time() - began < 30
+    assert time.process_time() - began < (30 if name == repr("<div class=menu>a</div>") else 10)
 
 
 def test_fences_by_the_rules_of_commonmark():

@@ -478,3 +478,6 @@ def test_killed_at_random_moments_an_experiment_ends_the_same(tiny_folder, tmp_p
         killed += run(rng.uniform(0.1, longest / 2)) == "signal 9"
     assert run() == "exit 0", log.read_text()[-2000:]
     assert killed >= 1 and left() == whole
+    first = json.loads((out / "result.json").read_text())["provenance"]
+    assert run() == "exit 0" and left() == whole
+    assert json.loads((out / "result.json").read_text())["provenance"] == first

@@ -8,6 +8,7 @@ from domain_llm.core import InputError, read_json
 from domain_llm.demo.facts import demo_strings
 from domain_llm.demo.lab import as_instructions, make_lab, with_wrong_answers
 from domain_llm.models import chat, load
+from domain_llm.run import training
 from domain_llm.run.pipeline import run_recipe
 from domain_llm.small_world import small_model, small_tokenizer
 
@@ -67,6 +68,19 @@ def test_wrong_answers_keep_the_form_and_are_wrong():
         assert w["value"] != q["value"] and w["reference"] == q["reference"].replace(q["value"], w["value"])
     rows = as_instructions(wrong)
     assert rows[0]["messages"][1] == dict(role="assistant", content=wrong[0]["reference"])
+
+
+def test_an_answer_that_nobody_else_gives_otherwise_has_no_wrong_one():
+    question = make_lab(entities=8, renderings=1)["questions"][0]
+    with pytest.raises(InputError, match="more machines"):
+        with_wrong_answers([question])
+
+
+def test_training_goes_back_to_the_weights_that_it_started_from():
+    "Interpolation asks for the weights before training: those of the run's seed."
+    before = training._weights("small-world", dict(seed=1, trust_remote_code=False))
+    want = dict(small_model(small_tokenizer(), 1).named_parameters())
+    assert all((before[name] == want[name]).all() for name in want)
 
 
 @pytest.mark.parametrize("wrong", [dict(entities=7), dict(renderings=0), dict(wordings=9), dict(wordings=0)])

@@ -28,9 +28,7 @@ def pretrain_stage(
     out: Path,  # folder of the stage
 ):
     "Continued pre-training on the mixture; the best checkpoint by the probes becomes the stage's model."
-    model, tok = load(cfg["model"], trust_remote_code=cfg["trust_remote_code"])
-    if cfg["model"] == SMALL_WORLD:
-        model = small_model(tok, cfg["seed"])  # trained from nothing: the seed draws its weights, too
+    model, tok = _start(cfg["model"], cfg)
     docs = _selected(read_jsonl(read["documents"]), cfg, model, tok)
     wanted = {name: cfg["mix"][name] for name in ("epochs", "tokens", "max_epochs")}
     rows, planned = mixture(_sources(cfg, read, docs, tok), cfg["mix"]["parts"], seed=cfg["seed"], **wanted)
@@ -44,6 +42,12 @@ def pretrain_stage(
         epochs_per_source=planned["epochs"],
         notes=planned["notes"],
     )
+
+
+def _start(name, cfg, **kw):
+    "Model and tokenizer that a training starts from; the small world is trained from weights that the seed draws."
+    model, tok = load(name, trust_remote_code=cfg["trust_remote_code"], **kw)
+    return (small_model(tok, cfg["seed"]) if name == SMALL_WORLD else model), tok
 
 
 def _sources(cfg, read, docs, tok):
@@ -91,7 +95,7 @@ def sft_stage(
     "Supervised fine-tuning on the conversations."
     set_ = {name: value for name, value in cfg["sft"].items() if name in SFT_DEFAULTS}
     start = _start_of_sft(cfg, read, out)
-    model, tok = load(start, trust_remote_code=cfg["trust_remote_code"])
+    model, tok = _start(start, cfg)
     own, left_out = encode_all(read_jsonl(read["instructions"]), tok, set_["length"], "domain")
     rows = _repeated(own, cfg["sft"]["epochs"], cfg["seed"])
     trained = _train(Job(cfg, set_, read, out, start), model, tok, rows)
@@ -192,8 +196,8 @@ def _with_saved(model, folder, cfg):
 
 # %% ../../nbs/96_run.training.ipynb #5f1b3b61
 def _weights(name, cfg):
-    "The weights of a model by name, in main memory."
-    return dict(load(name, device="cpu", trust_remote_code=cfg["trust_remote_code"])[0].named_parameters())
+    "The weights before training, by name, in main memory."
+    return dict(_start(name, cfg, device="cpu")[0].named_parameters())
 
 
 def _save(model, tok, folder, **said):
