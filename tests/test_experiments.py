@@ -9,10 +9,13 @@ import pytest
 import yaml
 
 from domain_llm.core import InputError
-from domain_llm.run import experiments, training
+from domain_llm.demo.lab import lab_rows
+from domain_llm.run import experiments, measuring, training
 from domain_llm.run.arms import UNITS, abouts, arm_recipes, base_recipe, read_experiment, shipped
 from domain_llm.run.forecast import ceiling, claim_lines, group_count, plan_text, run_tokens
 from domain_llm.run.recipe import check_recipe, read_recipe
+from domain_llm.small_world import small_tokenizer
+from domain_llm.train.sft import encode_all
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = json.loads((ROOT / "tests" / "fixtures" / "experiments.json").read_text())
@@ -177,7 +180,7 @@ def test_the_plan_trains_nothing(tiny_folder, tmp_path, monkeypatch):
     said = experiments.planned_ablation("mix", tmp_path / "r.yaml", seeds=2, output=tmp_path / "out")
     assert "5 arms x 2 seeds = 10 runs, about 15,000 training tokens" in said
     assert all(c["text"] in said for c in read_experiment("mix")["claims"])
-    assert "time: about" in said and "either way" in said and "points can move" in said
+    assert "no recorded run of this model" in said and "either way" in said and "points can move" in said
 
 
 def test_plan_figures():
@@ -185,7 +188,8 @@ def test_plan_figures():
     assert ceiling(before, "domain_mcq") == 0.75 and ceiling(before, "general_bpb") is None
     claim = dict(text="t", metric="domain_mcq", arm="a", base="b")
     assert "the first seed will tell" in claim_lines(claim, before, 3, [])[1]
-    cfg = dict(mix=dict(tokens=None, epochs=2, parts=dict(domain=1, general=3)), select=dict(tokens=None))
+    mix = dict(tokens=None, epochs=2, parts=dict(domain=1, general=3))
+    cfg = dict(model="m", mix=mix, select=dict(tokens=None))
     arm = dict(recipe=cfg, stages=["pretrain"])
     assert run_tokens(arm, [dict(text="x" * 400)]) == 2 * 100 * 4
     what = dict(name="n", about="a", equal="tokens", claims=[claim])
@@ -309,7 +313,7 @@ def test_help_names_every_experiment():
     for name, about in abouts().items():
         assert name in said and about in said
         assert read_experiment(name)["about"] == about
-    assert set(abouts()) == set(shipped()) == set(TABLE) and len(UNITS) == 6
+    assert set(abouts()) == set(shipped()) == {*TABLE, "mip"} and len(UNITS) == 7
 
 
 @pytest.mark.parametrize(
@@ -481,3 +485,94 @@ def test_killed_at_random_moments_an_experiment_ends_the_same(tiny_folder, tmp_p
     first = json.loads((out / "result.json").read_text())["provenance"]
     assert run() == "exit 0" and left() == whole
     assert json.loads((out / "result.json").read_text())["provenance"] == first
+
+
+LAB = """
+model: small-world
+lab: {entities: 8, renderings: 4}
+mix: {parts: {domain: 1}, max_epochs: 100}
+pretrain: {learning_rate: 2e-3, tokens_per_step: 256, length: 256}
+sft: {learning_rate: 1e-3, tokens_per_step: 256, length: 256, epochs: 2}
+evaluate: {probe_tokens: 500}
+"""
+
+
+def test_a_small_world_is_drawn_by_the_seed_and_its_exam_too(tmp_path, monkeypatch):
+    "What is trained on, and what is asked, are the rows of `demo.lab` for the run's own seed, in every arm."
+    trained, asked = [], []
+    train, chat = training.train, measuring.chat
+    monkeypatch.setattr(training, "train", lambda m, rows, *a, **k: trained.append(rows) or train(m, rows, *a, **k))
+    monkeypatch.setattr(measuring, "chat", lambda m, t, said, **k: asked.append(said) or chat(m, t, said, **k))
+    (tmp_path / "r.yaml").write_text(LAB)
+    result = experiments.ablation("mip", tmp_path / "r.yaml", seeds=2, output=tmp_path / "out")
+    assert asked[0] == asked[1] != asked[4]  # the model before training and the first seed's arms; the second seed's
+    tok = small_tokenizer()
+    for seed, at in ((0, 0), (1, 3)):  # mixed, documents (which two arms share), questions afterwards
+        world = lab_rows(seed, 8, 4)
+        assert asked[at + 1] == asked[at + 2] == asked[at + 3] == [q["question"] for q in world["open_questions"]]
+        texts = {row["text"] for row in world["documents"]}
+        for rows in trained[at : at + 2]:
+            read = {tok.decode(r["input_ids"], skip_special_tokens=True) for r in rows if r["source"] == "domain"}
+            assert len(read & texts) >= len(texts) - 1  # the last row of a pass is cut
+        said = {tok.decode(row["input_ids"]) for row in trained[at + 2]}
+        assert all(any(q["messages"][0]["content"] in text for text in said) for q in world["instructions"])
+    assert len(trained) == 6
+    assert result["lab"] == dict(entities=8, renderings=4, wordings=3, one_wording=False)
+
+
+def test_a_small_world_has_figures_for_each_part_of_its_exam(tmp_path):
+    (tmp_path / "r.yaml").write_text(LAB)
+    experiment = """
+about: telling in one wording
+arms: {many: {}, one: {lab: {one_wording: true}}}
+claims: [{text: many wordings teach more, metric: domain_exact/held-out, arm: many, base: one}]
+equal: exposures
+"""
+    (tmp_path / "e.yaml").write_text(experiment)
+    result = experiments.ablation(tmp_path / "e.yaml", tmp_path / "r.yaml", seeds=2, output=tmp_path / "out")
+    for run in (*result["runs"]["many"].values(), *result["runs"]["one"].values()):
+        parts = [run[f"domain_exact/{part}"] for part in ("taught", "held-out")]
+        assert [len(part["values"]) for part in parts] == [4 * 4 * 3, 4 * 4 * 3]
+        assert len({*parts[0]["groups"], *parts[1]["groups"]}) == 8
+        assert sorted(sum((part["values"] for part in parts), [])) == sorted(run["domain_exact"]["values"])
+    (claim,) = result["claims"]
+    assert claim["metric"] == "domain_exact/held-out" and "domain_exact/held-out" in experiments.told(result)
+    assert (tmp_path / "out" / "effects.png").stat().st_size > 5000
+
+
+def test_open_answers_are_right_or_wrong(monkeypatch):
+    rows = [
+        dict(question="a?", reference="It is 5 bar.", group="A", part="taught"),
+        dict(question="b?", reference="It is 7 bar.", group="B", part="held-out"),
+    ]
+    monkeypatch.setattr(measuring, "chat", lambda *a, **k: ["It is 5 bar.", "It is 5 bar."])
+    found = measuring.values(measuring.figures(None, None, {}, {}, dict(domain=rows)))
+    assert {name: m["values"] for name, m in found.items()} == {
+        "domain_exact": [1, 0],
+        "domain_exact/taught": [1],
+        "domain_exact/held-out": [0],
+    }
+    assert found["domain_exact/held-out"]["groups"] == ["B"]
+
+
+def test_small_worlds_serve_experiments_and_not_runs(tmp_path):
+    (tmp_path / "r.yaml").write_text(LAB)
+    p = command("run", tmp_path / "r.yaml")
+    assert p.returncode == 2 and "domain-llm ablate mip" in p.stderr and "Traceback" not in p.stderr
+    (tmp_path / "e.yaml").write_text("arms: {a: {}, b: {lab: {entities: 20}}}")
+    with pytest.raises(InputError, match="arm 'b' changes lab.entities, which is the same for all arms"):
+        read_experiment(tmp_path / "e.yaml")
+    (tmp_path / "e.yaml").write_text("arms: {a: {}, b: {}}\ndefault_recipe: [x]")
+    with pytest.raises(InputError, match="default_recipe"):
+        read_experiment(tmp_path / "e.yaml")
+
+
+def test_instructions_in_pretraining_ask_as_much_as_those_afterwards():
+    "In the small world the two arms of `mip` see as many tokens, of conversations and in all, within a few per cent."
+    tok = small_tokenizer()
+    cfg = read_recipe("small-world")
+    world = lab_rows(0, cfg["lab"]["entities"], cfg["lab"]["renderings"])
+    documents = sum(len(tok(row["text"]).input_ids) + 1 for row in world["documents"])
+    rows, _ = encode_all(world["instructions"], tok, cfg["sft"]["length"], "instructions")
+    conversations = sum(len(row["input_ids"]) for row in rows)
+    assert cfg["sft"]["epochs"] * conversations == pytest.approx(documents / 2, rel=0.05)

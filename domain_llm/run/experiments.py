@@ -18,13 +18,13 @@ from ..judge.ablate import run_arms, sentence, verdict
 from ..judge.plots import forest, trade
 from ..results import provenance
 from . import keep
-from .arms import UNITS, arm_recipes, base_recipe, read_experiment
+from .arms import arm_recipes, base_recipe, read_experiment, unit_of
 from .forecast import claim_lines, group_count, plan_text, recorded
 from .inputs import read_inputs
 from .measuring import exam, figures, load_to_measure, values
 from .pipeline import make_room, prepare, run_stage
 from .recipe import read_recipe, training_stages
-from .stages import Stage, identity, stages
+from .stages import Stage, exam_of, identity, probes_of, stages
 from ..train.pretrain import excerpts
 from ..train.rehearse import rehearse
 
@@ -56,11 +56,14 @@ def _corpus(cfg, out):
 
 def _exam(cfg, out):
     "The texts and questions that every arm is measured on."
-    tokens = 2 * cfg["evaluate"]["probe_tokens"]
-    files = dict(domain="corpus/held_out.jsonl", general="inputs/general_probe/rows.jsonl")
+    tokens, probes = 2 * cfg["evaluate"]["probe_tokens"], probes_of(cfg)
+    files = dict(domain=probes["held_out"], general=probes["general_probe"])
     texts = {name: excerpts(read_jsonl(out / path), tokens) for name, path in files.items()}
-    read = {name: out / "inputs" / name / "rows.jsonl" for name in ("questions", "general_questions")}
-    return dict(texts=texts, questions=exam(cfg, read))
+    read = {role: out / path for role, path in exam_of(cfg).items()}
+    found = dict(texts=texts, questions=exam(cfg, read))
+    if "open_questions" in read:
+        found["asked"] = dict(domain=read_jsonl(read["open_questions"]))
+    return found
 
 # %% ../../nbs/65_run.experiments.ipynb #e7806305
 _SETTINGS = ("model", "trust_remote_code", "select", "mix", "evaluate")
@@ -69,7 +72,8 @@ _SETTINGS = ("model", "trust_remote_code", "select", "mix", "evaluate")
 def _mark(arm, cfg, out, measured):
     "The settings of an arm's runs: what training reads, and a mark of model, data and exam."
     made = arm["recipe"]
-    data = _corpus(made if made["data"] != cfg["data"] else cfg, out)
+    differs = (made["data"], made["lab"]) != (cfg["data"], cfg["lab"])
+    data = _corpus(made if differs else cfg, out)
     own = {name: made[name] for name in (*_SETTINGS, *training_stages(made))}
     return own | dict(rehearsed=arm["rehearsed"], content=fingerprint(identity(made["model"]), measured, data))
 
@@ -87,7 +91,8 @@ def _before(cfg, measured, out):
 
 def _opened(name, path, tokens, output):
     "The experiment with its data in place, ready to run."
-    what, cfg = read_experiment(name), read_recipe(path)
+    what = read_experiment(name)
+    cfg = read_recipe(path or what["default_recipe"])
     cfg = base_recipe(what, cfg, tokens)
     arm_recipes(what, cfg, [])  # finds a wrong setting before any data are read
     out = Path(output or Path(cfg["output"]) / "ablate" / what["name"]).expanduser().resolve()
@@ -127,10 +132,15 @@ def _rehearsed(stage, cfg, out):
     return replace(stage, reads={**stage.reads, "general": "rehearsal/rows.jsonl"})
 
 
+def _drawn(cfg, seed):
+    "The recipe by which the data of a seed are made: a small world is another one for every seed."
+    return {**cfg, "seed": seed} if cfg["lab"] else cfg
+
+
 def _train(arm, out, seed):
     "Run the training stages of an arm; gives the folder of the model."
     cfg = arm["recipe"]
-    _corpus(cfg, out)
+    _corpus(_drawn(cfg, seed), out)
     plan, model = stages(cfg), identity(cfg["model"])
     for name in training_stages(cfg):
         stage = plan[name]
@@ -177,7 +187,8 @@ def _train_and_measure(bench, mark, seed):
     if not training_stages(arm["recipe"]):
         return _before(arm["recipe"], bench.measured, out)
     model = _train(arm, out, seed)
-    found = values(figures(*load_to_measure(str(model), arm["recipe"]), **bench.measured))
+    measured = _exam(bench.cfg, out) if bench.cfg["lab"] else bench.measured  # what `_train` has drawn
+    found = values(figures(*load_to_measure(str(model), arm["recipe"]), **measured))
     later = [bench.marks[n] for n in names[names.index(name) + 1 :]]
     shared = "pretrain" in mark and any(_start(mark) == _start(other) for other in later)
     for stage in training_stages(arm["recipe"]):
@@ -239,7 +250,8 @@ def _origin(cfg):
         return Path(p).name if Path(p).exists() else p
 
     roles = ("documents", "questions", "general", "instructions")
-    return dict(model=plain(cfg["model"]), data={role: [plain(p) for p in cfg["data"][role]] for role in roles})
+    data = {role: [plain(p) for p in cfg["data"][role]] for role in roles}
+    return dict(model=plain(cfg["model"]), data=data) | ({"lab": cfg["lab"]} if cfg["lab"] else {})
 
 
 def _settings(arm):
@@ -282,7 +294,8 @@ def _publish(result, out):
         write_json(folder / "result.json", result)
         drawn = {"trade.png": picture(result)}
         if result["claims"]:
-            drawn["effects.png"] = forest(result["claims"], UNITS)
+            units = {claim["metric"]: unit_of(claim["metric"]) for claim in result["claims"]}
+            drawn["effects.png"] = forest(result["claims"], units)
         for name, fig in drawn.items():
             fig.savefig(folder / name, dpi=150)
             plt.close(fig)
@@ -294,8 +307,8 @@ def picture(
     result: dict,  # as `ablation` gives it
 ):
     "Figure: what the arms gain in the domain against what they lose in general, and the model before training."
-    asked = "domain_mcq" in result["before"]
-    y, scale = ("domain_mcq", 100) if asked else ("domain_bpb", 1)
+    asked = [name for name in ("domain_mcq", "domain_exact") if name in result["before"]]
+    y, scale = (asked[0], 100) if asked else ("domain_bpb", 1)
     label = "domain questions right (%)" if asked else "held-out domain documents, bits per byte (up: better)"
     fig = trade(
         result["runs"], "general_bpb", y, "general text, bits per byte (left: forgets less)", label, yscale=scale
@@ -321,8 +334,9 @@ def told(
     for arm, seeds in result["runs"].items():
         rows.append([arm, *(f"{fmean(_mean(s, n) for s in seeds.values()):.3f}" for n in names)])
     wide = max(len(r[0]) for r in rows)
-    lines = [r[0].ljust(wide) + "".join(f"{cell:>14}" for cell in r[1:]) for r in rows]
-    lines += [sentence(c, *UNITS[c["metric"]]) for c in verdict(result["runs"], result["claims"])]
+    columns = [max(14, len(name) + 2) for name in names]
+    lines = [r[0].ljust(wide) + "".join(cell.rjust(n) for cell, n in zip(r[1:], columns)) for r in rows]
+    lines += [sentence(c, *unit_of(c["metric"])) for c in verdict(result["runs"], result["claims"])]
     lines += [f"no arm '{arm}': {why}" for arm, why in result.get("without", {}).items()]
     if result.get("law") or result["experiment"] == "mix-pilots":
         lines.append(_advice(result))

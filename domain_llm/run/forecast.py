@@ -11,8 +11,9 @@ from statistics import fmean
 
 from ..core import InputError, read_json
 from ..judge.ablate import design, needed
+from ..models import DEMO_MODEL
 from ..results import results_dir
-from .arms import UNITS, corpus_tokens
+from .arms import corpus_tokens, unit_of
 
 # %% ../../nbs/96_run.forecast.ipynb #fa8bd9ec
 def recorded(
@@ -63,9 +64,12 @@ def run_tokens(
     return round(tokens)
 
 
-def _rate(records):
-    "Seconds per token of a recorded experiment with its name, measurement included; (None, None) without one."
+def _rate(records, model):
+    """Seconds per token of a recorded experiment with this model, and its name; measurement is included. (None, None)
+    without one. Records that name no model are of the demo's."""
     for r in records:
+        if Path(r.get("model", DEMO_MODEL)).name != model:
+            continue
         sizes = [arm["mix"]["tokens"] for arm in r.get("arms", {}).values()]
         seconds = r.get("provenance", {}).get("seconds")
         if sizes and all(sizes) and seconds:
@@ -86,15 +90,16 @@ def time_lines(
     sizes: dict,  # arm -> tokens of one run
     seeds: int,  # runs of each arm
     records: list,  # as from `recorded`
+    model: str,  # name of the model that is trained
 ):
     "The runs, their tokens and about how long they take, as lines of text."
     total = seeds * sum(sizes.values())
     wide = max(map(len, sizes))
     lines = [f"{len(sizes)} arms x {seeds} seeds = {len(sizes) * seeds} runs, about {total:,} training tokens"]
     lines += [f"  {arm:{wide}}  {n:>9,} tokens a run" for arm, n in sizes.items()]
-    rate, source = _rate(records)
+    rate, source = _rate(records, model)
     if rate is None:
-        return [*lines, "time: no recorded run to go by; the first run tells"]
+        return [*lines, "time: no recorded run of this model to go by; the first run tells"]
     return [*lines, f"time: about {said_time(rate * total)} at the speed of the record ({source}) on its machine"]
 
 # %% ../../nbs/96_run.forecast.ipynb #ba9f7157
@@ -116,7 +121,7 @@ def claim_lines(
     records: list,  # as from `recorded`
 ):
     "What the planned experiment will tell of a claim, as lines of text."
-    groups, (unit, scale) = group_count(before, claim["metric"]), UNITS[claim["metric"]]
+    groups, (unit, scale) = group_count(before, claim["metric"]), unit_of(claim["metric"])
     head = f"{claim['text']} ({claim['metric']}{', positive control' if claim.get('control') else ''})"
     if groups < 2:
         return [head, f"  not tested: {groups} independent items, where a claim needs two"]
@@ -147,7 +152,8 @@ def plan_text(
     records = recorded(what["name"]) if records is None else records
     sizes = {name: run_tokens(arm, rows["documents"], rows["instructions"]) for name, arm in arms.items()}
     lines = [f"{what['name']}: {what['about']}", f"held equal: {what['equal']}"]
-    lines += time_lines(sizes, seeds, records)
+    first = next(iter(arms.values()))["recipe"]
+    lines += time_lines(sizes, seeds, records, Path(first["model"]).name)
     lines += [f"no arm '{arm}': {why}" for arm, why in without.items()]
     for claim in what["claims"]:
         missing = [name for name in (claim["arm"], claim["base"]) if name not in arms]

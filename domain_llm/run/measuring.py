@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..core import read_json, read_jsonl, write_json
 from ..devices import default_device, half_dtype
+from ..judge.answers import exact_match
 from ..judge.choice import by_part, multiple_choice
 from ..judge.score import bits_per_byte
 from ..judge.screen import screen
@@ -29,8 +30,10 @@ def figures(
     tok,  # its tokenizer
     texts: dict,  # name, such as "domain" -> document rows that are not trained on
     questions: dict,  # name -> multiple-choice rows, perhaps none
+    asked: dict | None = None,  # name -> open question rows with `question`, `reference` and `group`
 ):
-    "Bits per byte of the texts (NAME_bpb) and multiple choice on the questions (NAME_mcq), with the exam's parts."
+    """Bits per byte of the texts (NAME_bpb), multiple choice on the questions (NAME_mcq), and exact match of the
+    answers to open ones (NAME_exact), with the exam's parts."""
     found = {f"{name}_bpb": bits_per_byte(model, tok, rows, per_doc=True) for name, rows in texts.items()}
     for name, rows in questions.items():
         if not rows:
@@ -38,22 +41,48 @@ def figures(
         groups = [str(q.get("group", i)) for i, q in enumerate(rows)]
         scored = {**multiple_choice(model, tok, rows), "groups": groups}
         parts = [q.get("part") for q in rows]
-        found[f"{name}_mcq"] = {**scored, "by_part": by_part(scored, parts)}
+        found[f"{name}_mcq"] = {**scored, "parts": parts, "by_part": by_part(scored, parts)}
+    for name, rows in (asked or {}).items():
+        found[f"{name}_exact"] = _answered(model, tok, rows)
     return found
+
+
+_ANSWER = 48  # longest answer to an open question, in tokens
+
+
+def _answered(model, tok, rows):
+    "Exact match of greedy answers."
+    said = chat(model, tok, [q["question"] for q in rows], max_new_tokens=_ANSWER, batch_size=64)
+    scored = exact_match(said, [q["reference"] for q in rows], [q["group"] for q in rows])
+    correct = [int(value) for value in scored["values"]]
+    return {**scored, "correct": correct, "parts": [q.get("part") for q in rows]}
 
 
 def values(
     found: dict,  # as `figures` gives them
 ):
-    "Per metric one value per item, whose mean is the metric, and the items' groups."
+    "Per metric one value per item, whose mean is the metric, and the items' groups; METRIC/PART has those of a part."
     out = {}
     for name, r in found.items():
         if "docs" in r:
             count, size = len(r["docs"]), r["bytes"]
             out[name] = dict(values=[nats * count / size / math.log(2) for nats, _ in r["docs"]])
         else:
-            out[name] = dict(values=[int(c) for c in r["correct"]], groups=r["groups"])
-            out[name.replace("mcq", "prob")] = dict(values=[round(p, 4) for p in r["prob"]], groups=r["groups"])
+            right = [int(c) for c in r["correct"]]
+            out |= _with_parts(name, right, r)
+        if "prob" in r:
+            shares = [round(p, 4) for p in r["prob"]]
+            out |= _with_parts(name.replace("mcq", "prob"), shares, r)
+    return out
+
+
+def _with_parts(name, items, r):
+    "The items of a metric, and those of each part of the exam."
+    groups, parts = r["groups"], r.get("parts") or []
+    out = {name: dict(values=items, groups=groups)}
+    for part in dict.fromkeys(p for p in parts if p is not None):
+        mine = [i for i, p in enumerate(parts) if p == part]
+        out[f"{name}/{part}"] = dict(values=[items[i] for i in mine], groups=[groups[i] for i in mine])
     return out
 
 # %% ../../nbs/96_run.measuring.ipynb #bf155077

@@ -43,6 +43,9 @@ def opened(
 ):
     "A checked recipe and the folder of its run, made ready. Raises InputError when the folder cannot be used."
     cfg = read_recipe(path)
+    if cfg["lab"]:
+        said = "a small world is drawn anew by every seed, so it serves experiments and not a run."
+        raise InputError(f"{said} Try 'domain-llm ablate mip', or name documents in place of 'lab:'.")
     if output:
         cfg = into_folder(cfg, output)
     out = Path(cfg["output"])
