@@ -11,7 +11,7 @@ install:  ## the package with what tests and site need, in the tested versions
 	pip install -e ".[dev,docs]" -c constraints.txt
 
 test:     ## all tests; some of them with TESTS="-k dedup tests/test_corpus.py"
-	pytest $(TESTS)
+	pytest -n 2 $(TESTS)
 
 format:   ## format notebooks, tests and tools, and name what the formatter cannot mend
 	ruff format $(CODE)

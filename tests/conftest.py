@@ -11,6 +11,8 @@ import pytest
 
 from domain_llm.models import load, load_tokenizer, tiny
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers and what they start share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's library is imported, which happens at the first use
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
