@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..core import InputError, nearest
-from .recipe import check_recipe
+from .recipe import check_recipe, has_conversations
 from .settings import OPTIONAL
 
 # %% ../../nbs/96_run.arms.ipynb #b2fa5ab1
@@ -326,8 +326,8 @@ def base_recipe(
 # %% ../../nbs/96_run.arms.ipynb #f29d9e1e
 def _lacking(cfg, stages, docs):
     "Why the data do not give an arm, or None."
-    if "sft" in stages and not (cfg["data"]["instructions"] or cfg["demo"]):
-        return "it fine-tunes, and the recipe names no instructions"
+    if "sft" in stages and not has_conversations(cfg):
+        return "it fine-tunes, and the recipe names no instructions and no tasks"
     select, kinds = cfg["select"], {d["kind"] for d in docs}
     if (select["near"] or select["by"] == "dsir") and len(kinds) < 2:
         return "all documents are of one kind, so that none can be the target"
@@ -366,8 +366,8 @@ def arm_recipes(
         if rehearsed:
             patch = {**patch, "data": {k: v for k, v in patch["data"].items() if k != "general"}}
         made = merged(cfg, patch)
-        if "instructions" in made["mix"]["parts"] and not (made["data"]["instructions"] or made["demo"]):
-            without[name] = "it mixes instructions in, and the recipe names none"
+        if "instructions" in made["mix"]["parts"] and not has_conversations(made):
+            without[name] = "it mixes instructions in, and the recipe names none and no tasks"
             continue
         made = _checked(name, made)
         if reason := _lacking(made, arm["stages"], docs):

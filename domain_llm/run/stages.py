@@ -44,7 +44,7 @@ def stages(
     trained = training_stages(cfg)
     if not trained:
         said = "the recipe switches off pretrain, and there are no instructions for sft: nothing is left to train."
-        raise InputError(f"{said} Switch pretrain on, or name conversations under data.instructions.")
+        raise InputError(f"{said} Switch pretrain on, or name conversations under data.instructions, or tasks.")
     plan = {"corpus": _corpus(), "baseline": Stage(baseline_stage, ("model", *_MEASURING), {**_PROBES, **_EXAM})}
     for name in trained:
         plan[name] = _pretrain(cfg) if name == "pretrain" else _sft(after_pretrain="pretrain" in trained)
@@ -63,7 +63,7 @@ def stages(
 # %% ../../nbs/61_run.stages.ipynb #2161c686
 def _corpus():
     read = {role: f"inputs/{role}/rows.jsonl" for role in ROLES if role != "general_probe"}
-    return Stage(corpus_stage, ("corpus", "seed"), {**read, "skipped": "inputs/documents/skipped.json"})
+    return Stage(corpus_stage, ("corpus", "seed", "tasks"), {**read, "skipped": "inputs/documents/skipped.json"})
 
 
 def _pretrain(cfg):
@@ -135,5 +135,8 @@ def marks(
     found = [fingerprint(name, stage.version, settings, reads)]
     if settings.get("evaluate", {}).get("screen") is False:
         settings["evaluate"] = {**settings["evaluate"], "screen": True}
+        found.append(fingerprint(name, stage.version, settings, reads))
+    if settings.get("tasks") == []:
+        del settings["tasks"]
         found.append(fingerprint(name, stage.version, settings, reads))
     return found
