@@ -75,12 +75,11 @@ def _left_out_said(left_out, length):
 
 def _mixture_said(planned):
     "The tokens and the supervised tokens of each source, with their shares, as lines."
-    by = planned["shares"]
-    lines = ["the mixture, in tokens and in supervised tokens (those that the loss counts):"]
-    for name, n in planned["tokens"].items():
-        counted = f"{n:,} ({by['tokens'][name]:.1%})"
-        trained = f"{planned['supervised'][name]:,} ({by['supervised'][name]:.1%})"
-        lines.append(f"  {name:12} {counted:>20} {trained:>20}")
+    lines = []
+    for count, said in (("tokens", "tokens of"), ("supervised", "supervised tokens, which the loss counts, of")):
+        shares = planned["shares"][count]
+        each = [f"{name} {planned[count][name]:,} ({shares[name]:.1%})" for name in planned["tokens"]]
+        lines.append(f"{said} {', '.join(each)}")
     return "\n".join(lines)
 
 # %% ../../nbs/96_run.training.ipynb #170368ce
