@@ -142,7 +142,11 @@ def mix(a):
     parts = found["parts"]
     print(f"about {tokens:,.0f} tokens of domain text: start with {_ratio(parts['general'])} (domain to general text)")
     print(f"sensible to try: {_ratio(found['low'])} to {_ratio(found['high'])}")
-    print(f"in the recipe:\n  mix: {{parts: {{domain: 1, general: {parts['general']:g}}}}}\nwhy:")
+    print(f"in the recipe:\n  mix: {{parts: {{domain: 1, general: {parts['general']:g}}}}}")
+    print(
+        "both sources are trained on every token, so the ratio holds in supervised tokens, too; conversations, trained"
+    )
+    print("on their answers only, weigh less there than in tokens: the report of a run gives both shares\nwhy:")
     for reason in found["reasons"]:
         print(f"  {reason}")
     print("published points behind it:")

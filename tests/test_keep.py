@@ -70,6 +70,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(pipeline, "stages", fake_stages)
     monkeypatch.setattr(pipeline, "preflight_of", lambda cfg, out: [])
     monkeypatch.setattr(pipeline, "_say_worth", lambda out: None)
+    monkeypatch.setattr(pipeline, "_say_mined", lambda cfg, out: None)
     return done
 
 
@@ -95,6 +96,7 @@ TABLE = {  # setting -> (another value, stages that run again)
     "seed": (1, ALL),
     "demo": (9, ALL),
     "data.ask": (["What now?"], ["answers", "quantize", "report"]),
+    "tasks": (["d2qa"], ALL),  # the fake corpus is another one as a whole
     "corpus.near_duplicate": (0.8, ALL),
     "corpus.min_chars": (100, ALL),
     "corpus.held_out": (0.2, ALL),

@@ -11,7 +11,9 @@ from domain_llm.data.mix import PUBLISHED, interleave, mixture, plan_tokens, rec
 from domain_llm.demo.general import general_text
 from domain_llm.demo.world import make_world
 from domain_llm.models import tiny
+from domain_llm.train.batches import pack
 from domain_llm.train.rehearse import rehearse
+from domain_llm.train.sft import encode_all
 
 
 def rows(name, n, rng):
@@ -73,6 +75,37 @@ def test_every_pass_gives_every_row_once():
     got = [r["input_ids"][0] for r in mixture(s, {"a": 1, "b": 1}, epochs=3)[0] if r["source"] == "a"]
     for k in range(3):
         assert sorted(got[40 * k : 40 * k + 40]) == list(range(40))
+
+
+def test_supervised_tokens_of_a_mixture_counted_by_hand():
+    """Two rows of domain text, 4 tokens each, and two conversations of 5 tokens with a label on the last 2. At 1:1 and
+    two passes each source gives 16 tokens: four whole texts with 3 labels that a token precedes; three conversations
+    and the first token of a fourth, whose answer is cut off."""
+    texts = [dict(input_ids=[i] * 4, labels=[i] * 4, source="domain") for i in range(2)]
+    talks = [dict(input_ids=[i] * 5, labels=[-100] * 3 + [i] * 2, source="instructions") for i in range(2)]
+    got, plan = mixture(dict(domain=texts, instructions=talks), dict(domain=1, instructions=1), epochs=2)
+    assert plan["tokens"] == dict(domain=16, instructions=16)
+    assert plan["supervised"] == dict(domain=12, instructions=6)
+    assert plan["shares"] == dict(
+        tokens=dict(domain=0.5, instructions=0.5), supervised=dict(domain=0.6667, instructions=0.3333)
+    )
+    packed, names = pack(got, 8)
+    graded = Counter(names[s] for row in packed for s, label in zip(row["source"], row["labels"]) if label != -100)
+    assert graded == plan["supervised"]
+
+
+def test_supervised_tokens_are_those_of_the_training(tok):
+    "By the packed rows that the trainer is given: documents in pieces, conversations, two languages."
+    docs = [dict(text="The gate opens at high tide and closes at low tide. " * 9), dict(text="平潮时开闸。" * 30)]
+    talks = [
+        [dict(role="user", content=q), dict(role="assistant", content="四十巴。")] for q in ("阀门？", "How high?")
+    ]
+    rows, _ = encode_all([dict(messages=talk) for talk in talks], tok, 64, "instructions")
+    sources = dict(domain=tokenize(docs, tok, "domain", 32), instructions=rows)
+    got, plan = mixture(sources, dict(domain=3, instructions=1), tokens=400, max_epochs=50)
+    packed, names = pack(got, 64)
+    graded = Counter(names[s] for row in packed for s, label in zip(row["source"], row["labels"]) if label != -100)
+    assert graded == plan["supervised"] and 0 < graded["instructions"] < 100
 
 
 def test_documents_end_with_the_separator(tok):

@@ -10,6 +10,7 @@ import subprocess
 import time
 from importlib.resources import files
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from domain_llm.core import InputError, read_json, read_jsonl, write_json, write
 from domain_llm.data.mix import tokenize
 from domain_llm.data.read import KINDS
 from domain_llm.data.select import SCORES
+from domain_llm.data.tasks import MINED
 from domain_llm.judge.choice import multiple_choice
 from domain_llm.models import load
 from domain_llm.run import keep, training
@@ -26,7 +28,7 @@ from domain_llm.run.measuring import load_to_measure
 from domain_llm.run.pipeline import final_model, run_recipe
 from domain_llm.run.recipe import check_recipe, init_recipe, read_recipe
 from domain_llm.run.report import write_report
-from domain_llm.run.settings import recipe_schema
+from domain_llm.run.settings import Task, recipe_schema
 from domain_llm.train.loop import TRAIN_DEFAULTS
 from domain_llm.train.pretrain import interpolate
 from domain_llm.train.sft import SFT_DEFAULTS
@@ -352,6 +354,7 @@ EXAMPLES = (
     "model",
     "trust_remote_code",
     "data.",
+    "tasks",
     "select.tokens",
     "select.kinds",
     "select.near",
@@ -436,6 +439,8 @@ def test_settings_know_what_their_modules_know():
     assert set(select["by"]["enum"]) == set(SCORES)
     assert set(select["kinds"]["items"]["enum"]) == set(KINDS)
     check_recipe(dict(demo=8, select=dict(kinds=list(KINDS))))
+    assert get_args(Task) == MINED
+    check_recipe(dict(demo=8, tasks=list(MINED)))
     for way in SCORES:
         check_recipe(dict(demo=8, select=dict(by=way)))
 

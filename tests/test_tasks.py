@@ -11,6 +11,7 @@ from domain_llm.data.patterns import answered_questions, defined_terms, reasons,
 from domain_llm.data.tasks import (
     KINDS,
     MINED,
+    NEEDS,
     definitions,
     document_questions,
     document_triples,
@@ -18,6 +19,7 @@ from domain_llm.data.tasks import (
     mined,
     multiple_choice_rows,
     reading_comprehension,
+    row_tasks,
     search_summary,
     text_to_sql,
 )
@@ -243,6 +245,13 @@ def test_tasks_that_cannot_be_mined_are_refused():
             mined([dict(text="a")], [name])
     assert mined([], MINED) == []
     assert mined([dict(text="No form at all")], "reading_comprehension") == []
+
+
+def test_a_name_stands_for_the_tasks_of_its_rows(documents):
+    assert row_tasks(MINED) == list(NEEDS) == ["d2qa", "d2spo", *KINDS]
+    assert row_tasks("steps") == ["steps"] and row_tasks(["terms", "reading_comprehension"]) == list(KINDS)
+    for name in MINED:
+        assert {row["task"] for row in mined(documents, name)} <= set(row_tasks(name))
 
 
 DOUBTFUL = [

@@ -340,7 +340,7 @@ def base_recipe(
 def _lacking(cfg, stages, docs):
     "Why the data do not give an arm, or None."
     if "sft" in stages and not has_conversations(cfg):
-        return "it fine-tunes, and the recipe names no instructions"
+        return "it fine-tunes, and the recipe names no instructions and no tasks"
     select, kinds = cfg["select"], {d["kind"] for d in docs}
     if (select["near"] or select["by"] == "dsir") and len(kinds) < 2:
         return "all documents are of one kind, so that none can be the target"
@@ -380,7 +380,7 @@ def arm_recipes(
             patch = {**patch, "data": {k: v for k, v in patch["data"].items() if k != "general"}}
         made = merged(cfg, patch)
         if "instructions" in made["mix"]["parts"] and not has_conversations(made):
-            without[name] = "it mixes instructions in, and the recipe names none"
+            without[name] = "it mixes instructions in, and the recipe names none and no tasks"
             continue
         made = _checked(name, made)
         if reason := _lacking(made, arm["stages"], docs):

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..core import InputError, cache_dir, read_json
 from ..models import DEMO_MODEL, base_of, check_template, quiet, resolve
 from .findings import error, note, warning
-from .recipe import training_stages
+from .recipe import has_conversations, training_stages
 
 # %% ../../nbs/95_run.base_model.ipynb #62bd1e72
 def installed(module):
@@ -281,7 +281,7 @@ def _tokenizer_fits(cfg, text, tok):
     if len(tok) > text.vocab_size:
         said = f"the tokenizer of {name} has {len(tok):,} tokens, but the model has rows for {text.vocab_size:,} only."
         found.append(error("model", f"{said} They do not belong together: {AGAIN[0].lower()}{AGAIN[1:]}"))
-    if cfg["demo"] or cfg["data"]["instructions"] or cfg["data"]["ask"]:
+    if has_conversations(cfg) or cfg["data"]["ask"]:
         try:
             check_template(tok, name)
         except InputError as e:

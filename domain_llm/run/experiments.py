@@ -72,7 +72,7 @@ _SETTINGS = ("model", "trust_remote_code", "select", "mix", "evaluate")
 def _mark(arm, cfg, out, measured):
     "The settings of an arm's runs: what training reads, and a mark of model, data and exam."
     made = arm["recipe"]
-    differs = (made["data"], made["lab"]) != (cfg["data"], cfg["lab"])
+    differs = any(made[name] != cfg[name] for name in ("data", "lab", "tasks"))
     data = _corpus(made if differs else cfg, out)
     own = {name: made[name] for name in (*_SETTINGS, *training_stages(made))}
     return own | dict(rehearsed=arm["rehearsed"], content=fingerprint(identity(made["model"]), measured, data))
@@ -257,6 +257,7 @@ def _origin(cfg):
 def _settings(arm):
     "What a result says of an arm."
     names = ["mix", "select", "pretrain", *(["sft"] if "sft" in arm["stages"] else [])]
+    names += ["tasks"] if arm["recipe"]["tasks"] else []
     return {name: arm["recipe"][name] for name in names}
 
 # %% ../../nbs/65_run.experiments.ipynb #42f2aa18

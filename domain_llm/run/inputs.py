@@ -7,12 +7,14 @@ __all__ = ['ROLES', 'read_inputs', 'demo_data', 'corpus_stage', 'lab_stage', 'dr
 
 # %% ../../nbs/96_run.inputs.ipynb #289b2ac8
 import random
+from collections import Counter
 from pathlib import Path
 
 from ..core import InputError, fingerprint, read_json, read_jsonl, write_json, write_jsonl
 from ..data.corpus import build_corpus, corpus_report, hold_out
 from ..data.read import faults, read_documents
 from ..data.reworded import without_leaks
+from ..data.tasks import NEEDS, mined, row_tasks
 from ..demo.files import write_world
 from ..demo.general import common_questions, general_text, python_docs
 from ..demo.lab import lab_rows
@@ -89,7 +91,7 @@ def demo_data(
 
 # %% ../../nbs/96_run.inputs.ipynb #ec67d65b
 def corpus_stage(
-    cfg: dict,  # corpus and seed
+    cfg: dict,  # corpus, seed and tasks
     read: dict,  # role -> path of its rows, and `skipped`
     out: Path,  # folder of the stage
 ):
@@ -106,10 +108,17 @@ def corpus_stage(
         said = "no document is left: all of them held questions of the exam."
         raise InputError(f"{said} Look at the documents, or at the questions.")
     kept, held_out = hold_out(sources["documents"], share=set_["held_out"], seed=cfg["seed"])
+    figures = dict(documents=len(kept), held_out=len(held_out), skipped_files=len(faults(report["skipped"])))
+    if cfg["tasks"]:
+        made, found = _mined(kept, cfg, questions)
+        report |= dict(tasks=found["tasks"], leaks_by_source=report["leaks_by_source"] | found["leaks"])
+        print(_tasks_said(found["tasks"], len(kept)))
+        sources["instructions"] = _joined(sources["instructions"], made, cfg["tasks"])
+        figures |= dict(mined=len(made), mined_per_task={task["task"]: task["rows"] for task in found["tasks"]})
     for name, rows in {**sources, "documents": kept, "held_out": held_out}.items():
         write_jsonl(out / f"{name}.jsonl", rows)
     write_json(out / "report.json", report)
-    return dict(documents=len(kept), held_out=len(held_out), skipped_files=len(faults(report["skipped"])))
+    return figures
 
 
 def lab_stage(
@@ -145,6 +154,37 @@ def _leaks_said(name, found):
         said += f"{noticed} rows of '{name}' may ask an exam question in other words; they stay, and "
         said += "report.json shows examples\n"
     return said
+
+# %% ../../nbs/96_run.inputs.ipynb #9dec32ec
+def _mined(docs, cfg, questions):
+    "Conversations that the recipe's tasks make of documents, without the exam's questions; and an account of them."
+    rows = []
+    for n, row in enumerate(mined(docs, cfg["tasks"], cfg["seed"]), 1):
+        rows.append(dict(row, where=f"mined row {n}, task {row['task']}"))
+    clear, leaks = _without_exam({"tasks": rows}, questions)
+    found, left = (Counter(row["task"] for row in some) for some in (rows, clear["tasks"]))
+    tasks = [dict(task=t, rows=left[t], found=found[t], needs=NEEDS[t]) for t in row_tasks(cfg["tasks"])]
+    return clear["tasks"], dict(tasks=tasks, leaks=leaks)
+
+
+def _tasks_said(found, documents):
+    "What the tasks made of so many documents, as lines."
+    counts = ", ".join(f"{task['task']} {task['rows']:,}" for task in found)
+    lines = [f"conversations made of {documents:,} documents: {counts}"]
+    for task in found:
+        if not task["found"]:
+            lines.append(f"task '{task['task']}' found nothing in these documents; it looks for {task['needs']}")
+        elif not task["rows"]:
+            lines.append(f"task '{task['task']}' found {task['found']:,}, and all of them ask questions of the exam")
+    return "\n".join(lines)
+
+
+def _joined(own, made, names):
+    "The recipe's own conversations and those made of the documents; InputError when there are none at all."
+    if own or made:
+        return [*own, *made]
+    said = f"the recipe's tasks ({', '.join(names)}) made no conversation of these documents, and it names no others."
+    raise InputError(f"{said} Choose other tasks, name data.instructions, or take the line 'tasks:' out.")
 
 # %% ../../nbs/96_run.inputs.ipynb #e4e8ef17
 def drawn_questions(

@@ -16,7 +16,7 @@ from ..devices import peak_memory_gb, reset_peak_memory, versions
 from . import keep
 from .findings import findings_text, refuse
 from .inputs import ROLES, demo_data, read_inputs
-from .preflight import preflight_of, worth
+from .preflight import mined_findings, preflight_of, worth
 from .recipe import into_folder, read_recipe
 from .stages import REPORTS, identity, marks, only, stages
 
@@ -72,9 +72,20 @@ def prepare(
 
 def _refuse_early(cfg, out):
     "Print what the preflight finds; raise InputError when the run cannot be done."
-    found = preflight_of(cfg, out)
-    print(findings_text(found).replace(f"{Path.cwd()}{os.sep}", ""), flush=True)
+    _say(preflight_of(cfg, out))
+
+
+def _say(found):
+    "Print findings; raise InputError when there is an error among them."
+    if found:
+        print(findings_text(found).replace(f"{Path.cwd()}{os.sep}", ""), flush=True)
     refuse(found)
+
+
+def _say_mined(cfg, out):
+    "Print what is wrong with the conversations that the recipe's tasks have made; raise InputError for an error."
+    if cfg["tasks"]:
+        _say(mined_findings(cfg, out))
 
 
 def _say_worth(out):
@@ -140,6 +151,8 @@ def _run_stages(cfg, out):
         new, metrics = run_stage(cfg, out, name, stage, model)
         said = f"{time.time() - start:.0f} s{_shown(metrics)}" if new else "unchanged, skipped"
         print(f"      {said}", flush=True)
+        if name == "corpus":
+            _say_mined(cfg, out)
         if name == "baseline":
             _say_worth(out)
 
@@ -164,6 +177,8 @@ def check_run(
         for name in ("corpus", "baseline"):
             print(f"{name}: {plan[name].work.__doc__}", flush=True)
             run_stage(cfg, out, name, plan[name], model)
+            if name == "corpus":
+                _say_mined(cfg, out)
         _say_worth(out)
     print("the run can start; what was read and measured is kept for it")
 

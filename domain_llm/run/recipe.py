@@ -49,12 +49,21 @@ def _located_model(name, folder):
     return name
 
 # %% ../../nbs/60_run.recipe.ipynb #2c944ec0
+def has_conversations(
+    cfg: dict,  # a checked recipe
+):
+    "Whether a recipe has conversations to train on: files of them, tasks that make some, or those of made-up data."
+    return bool(cfg["demo"] or cfg["lab"] or cfg["data"]["instructions"] or cfg["tasks"])
+
+
 def _check_together(cfg):
     "Raise InputError for settings that do not go together."
     parts, data, demo = cfg["mix"]["parts"], cfg["data"], cfg["demo"]
     made_up = demo or cfg["lab"]
     said = None
-    if cfg["sft"] is None and cfg["pretrain"] is None:
+    if cfg["lab"] and cfg["tasks"]:
+        said = "the recipe names tasks, but a small world brings its own conversations. Take one of the two lines out."
+    elif cfg["sft"] is None and cfg["pretrain"] is None:
         said = "the recipe switches off both pretrain and sft: nothing is left to train. Leave one of them on."
     elif not (made_up or data["documents"]):
         said = "the recipe names no documents. Write data: {documents: FOLDER}, or demo: 20 for the made-up domain."
@@ -63,16 +72,9 @@ def _check_together(cfg):
     elif cfg["evaluate"]["screen"] and not (demo or data["questions"]):
         said = "the recipe's evaluate.screen scores checkpoints on questions, but data.questions is empty."
     elif "instructions" in parts and not has_conversations(cfg):
-        said = "the recipe's mix.parts names 'instructions', but data.instructions is empty."
+        said = "the recipe's mix.parts names 'instructions', but data.instructions is empty, and so is tasks."
     if said:
         raise InputError(said)
-
-
-def has_conversations(
-    cfg: dict,  # a recipe
-):
-    "Whether a recipe has conversations to train on."
-    return bool(cfg["demo"] or cfg["lab"] or cfg["data"]["instructions"])
 
 
 def training_stages(

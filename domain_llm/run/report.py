@@ -122,6 +122,12 @@ def _changes(after):
     return out
 
 # %% ../../nbs/97_run.report.ipynb #bae9ef3f
+def _mixture(ways):
+    "Tokens, supervised tokens and shares of each source of pre-training, for metrics.json."
+    pretrain = next((way["metrics"] for way in ways if way["stage"] == "pretrain"), {})
+    return {name: pretrain.get(name) for name in ("tokens_per_source", "supervised_per_source", "shares")}
+
+
 def _metrics(measured, manifests, ways, budget):
     "The content of metrics.json."
     before, after = measured["before"], measured["after"]
@@ -134,6 +140,7 @@ def _metrics(measured, manifests, ways, budget):
         share_kept=share,
         seconds=round(sum(m["seconds"] for m in manifests), 1),
         trained_tokens=sum(way["metrics"]["tokens"] for way in ways),
+        **_mixture(ways),
         verdict=run_verdict(before, after, budget, share),
     )
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Number', 'AboveZero', 'FromZero', 'Share', 'Integer', 'Whole', 'Entities', 'Wordings', 'YesNo', 'Text', 'Texts',
-           'OnePath', 'Paths', 'Source', 'Parts', 'Kind', 'Kinds', 'Way', 'Ways', 'Types', 'Method', 'Schedule',
-           'Pretrain', 'Sft', 'OPTIONAL', 'Says', 'Section', 'Data', 'Corpus', 'Lab', 'Select', 'Mix', 'Evaluate',
-           'Quantize', 'Recipe', 'recipe_schema', 'section_of', 'checked_settings']
+           'OnePath', 'Paths', 'Source', 'Parts', 'Kind', 'Kinds', 'Way', 'Ways', 'Task', 'Tasks', 'Types', 'Method',
+           'Schedule', 'Pretrain', 'Sft', 'OPTIONAL', 'Says', 'Section', 'Data', 'Corpus', 'Lab', 'Select', 'Mix',
+           'Evaluate', 'Quantize', 'Recipe', 'recipe_schema', 'section_of', 'checked_settings']
 
 # %% ../../nbs/95_run.settings.ipynb #7055b652
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
@@ -81,6 +82,14 @@ Kind = Literal["standard", "book", "paper", "web", "news", "general"]
 Kinds = Annotated[list[Kind], Says("a list of kinds: standard, book, paper, web, news or general")]
 Way = Literal["random", "prior", "density", "both", "quality", "dsir", "diverse"]
 Ways = Annotated[Way, Says("random, prior, density, both, quality, dsir or diverse")]
+Task = Literal[
+    "d2qa", "d2spo", "reading_comprehension", "title", "definition", "terms", "reason", "continuation", "steps"
+]
+Tasks = Annotated[
+    list[Task],
+    BeforeValidator(_listed, json_schema_input_type=Task | list[Task]),
+    Says(f"a list of tasks that documents alone give, without annotated rows: {', '.join(get_args(Task))}"),
+]
 Types = Annotated[list[Literal["q8_0", "q4_0"]], Field(min_length=1), Says("a list of q8_0 and q4_0")]
 Method = Annotated[Literal["full", "lora"], Says("full or lora")]
 Schedule = Annotated[Literal["cosine", "constant"], Says("cosine or constant")]
@@ -182,7 +191,7 @@ Pretrain = create_model(
 Sft = create_model(
     "Sft",
     __base__=Section,
-    __doc__="Fine-tuning on conversations; only where data.instructions are given.",
+    __doc__="Fine-tuning on conversations; only where data.instructions, tasks or the demo give some.",
     epochs=(AboveZero, Field(1, description="Passes over the conversations.")),
     **_training(SFT_DEFAULTS),
 )
@@ -213,6 +222,9 @@ class Recipe(Section):
     demo: Entities | None = Field(None, description="Use the made-up domain with so many machines.")
     lab: Lab | None = Field(None, description="Use small worlds; for experiments.")
     data: Data = Field(default_factory=Data)
+    tasks: Tasks = Field(
+        [], description="Tasks to make conversations of from the documents; they join those of data.instructions."
+    )
     corpus: Corpus = Field(default_factory=Corpus)
     select: Select = Field(default_factory=Select)
     mix: Mix = Field(default_factory=Mix)
@@ -282,7 +294,9 @@ def _wrong_value(where, value, field, error):
     if error["loc"][-1] == "[key]":
         name, known = error["loc"][-2], get_args(Source)
         return f"the recipe's {where} has '{name}'{nearest(name, known)}: the sources are {', '.join(known)}."
-    return f"the recipe's setting '{where}' is {value!r}, but must be {_words(field)}."
+    known = re.findall("'([^']+)'", error["ctx"]["expected"]) if error["type"] == "literal_error" else []
+    hint = nearest(error["input"], known)
+    return f"the recipe's setting '{where}' is {value!r}, but must be {_words(field)}{hint}."
 
 
 def checked_settings(

@@ -60,7 +60,7 @@ def stages(
     trained = training_stages(cfg)
     if not trained:
         said = "the recipe switches off pretrain, and there are no instructions for sft: nothing is left to train."
-        raise InputError(f"{said} Switch pretrain on, or name conversations under data.instructions.")
+        raise InputError(f"{said} Switch pretrain on, or name conversations under data.instructions, or tasks.")
     plan = {
         "corpus": _corpus(cfg),
         "baseline": Stage(baseline_stage, ("model", *_MEASURING), {**probes_of(cfg), **exam_of(cfg)}),
@@ -88,7 +88,7 @@ def _corpus(cfg):
     if cfg["lab"]:
         return Stage(lab_stage, ("lab", "seed"))
     read = {role: f"inputs/{role}/rows.jsonl" for role in ROLES if role != "general_probe"}
-    return Stage(corpus_stage, ("corpus", "seed"), {**read, "skipped": "inputs/documents/skipped.json"})
+    return Stage(corpus_stage, ("corpus", "seed", "tasks"), {**read, "skipped": "inputs/documents/skipped.json"})
 
 
 def _pretrain(cfg):
@@ -160,5 +160,8 @@ def marks(
     found = [fingerprint(name, stage.version, settings, reads)]
     if settings.get("evaluate", {}).get("screen") is False:
         settings["evaluate"] = {**settings["evaluate"], "screen": True}
+        found.append(fingerprint(name, stage.version, settings, reads))
+    if settings.get("tasks") == []:
+        del settings["tasks"]
         found.append(fingerprint(name, stage.version, settings, reads))
     return found

@@ -31,16 +31,19 @@ def pretrain_stage(
     model, tok = _start(cfg["model"], cfg)
     docs = _selected(read_jsonl(read["documents"]), cfg, model, tok)
     wanted = {name: cfg["mix"][name] for name in ("epochs", "tokens", "max_epochs")}
-    rows, planned = mixture(_sources(cfg, read, docs, tok), cfg["mix"]["parts"], seed=cfg["seed"], **wanted)
-    for said in planned["notes"]:
-        print("note:", said)
+    sources, left_out = _sources(cfg, read, docs, tok)
+    rows, planned = mixture(sources, cfg["mix"]["parts"], seed=cfg["seed"], **wanted)
+    notes = planned["notes"] + _left_out_said(left_out, cfg["pretrain"]["length"])
+    print(_mixture_said(planned), *(f"note: {said}" for said in notes), sep="\n")
     trained = _train(Job(cfg, cfg["pretrain"], read, out, cfg["model"]), model, tok, rows)
     return dict(
         trained,
         documents=len(docs),
         tokens_per_source=planned["tokens"],
+        supervised_per_source=planned["supervised"],
+        shares=planned["shares"],
         epochs_per_source=planned["epochs"],
-        notes=planned["notes"],
+        notes=notes,
     )
 
 
@@ -51,15 +54,33 @@ def _start(name, cfg, **kw):
 
 
 def _sources(cfg, read, docs, tok):
-    "The token rows of every source of the mixture."
+    "The token rows of every source of the mixture, and the number of conversations that are too long for it."
     length, parts = cfg["pretrain"]["length"], cfg["mix"]["parts"]
     sources = {"domain": tokenize(docs, tok, "domain", length)}
     if "general" in parts:
         sources["general"] = tokenize(read_jsonl(read["general"]), tok, "general", length)
+    left_out = 0
     if "instructions" in parts:
         conversations = read_jsonl(read["instructions"])
-        sources["instructions"], _ = encode_all(conversations, tok, length, "instructions")
-    return sources
+        sources["instructions"], left_out = encode_all(conversations, tok, length, "instructions")
+    return sources, left_out
+
+
+def _left_out_said(left_out, length):
+    "A note on conversations that do not fit into a row, where there are any."
+    if not left_out:
+        return []
+    return [f"{left_out:,} conversations are longer than pretrain.length ({length:,} tokens) and are left out."]
+
+
+def _mixture_said(planned):
+    "The tokens and the supervised tokens of each source, with their shares, as lines."
+    lines = []
+    for count, said in (("tokens", "tokens of"), ("supervised", "supervised tokens, which the loss counts, of")):
+        shares = planned["shares"][count]
+        each = [f"{name} {planned[count][name]:,} ({shares[name]:.1%})" for name in planned["tokens"]]
+        lines.append(f"{said} {', '.join(each)}")
+    return "\n".join(lines)
 
 # %% ../../nbs/96_run.training.ipynb #170368ce
 def _selected(docs, cfg, model, tok):
