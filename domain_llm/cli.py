@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   domain-llm check recipe.yaml          read everything and say what would go wrong, before any training
   domain-llm run recipe.yaml            train on it; the same command resumes after an interruption
   domain-llm mix manuals/               how much general text to mix in, and what that advice rests on
+  domain-llm chat-or-base answers.jsonl which model to start fine-tuning from, and what that advice rests on
   domain-llm ablate mix                 does replay of general text help? an experiment with seeds and a verdict
   domain-llm chat runs/demo             talk to the result
   domain-llm serve runs/demo            offer it to other programs (OpenAI-compatible, this machine only)
@@ -38,7 +39,21 @@ def _parser():
         epilog=EXAMPLES,
     )
     sub = p.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_run, _check, _tidy, _init, _schema, _corpus, _mix, _questions, _eval, _ablate, _chat, _serve):
+    for add in (
+        _run,
+        _check,
+        _tidy,
+        _init,
+        _schema,
+        _corpus,
+        _mix,
+        _chat_or_base,
+        _questions,
+        _eval,
+        _ablate,
+        _chat,
+        _serve,
+    ):
         add(sub)
     return p
 
@@ -174,6 +189,28 @@ on, and how far they carry. Check it with two or three short runs: 'domain-llm a
     c.add_argument("corpus", metavar="TOKENS|FOLDER", help=size)
     far = "the domain is a new language or notation for the model"
     c.add_argument("--strong-shift", action="store_true", help=far)
+
+
+def _chat_or_base(sub):
+    more = """
+
+Fine-tuning can start from a chat model, or from the base model that its makers made it of. A rule of thumb of
+practitioners decides by the number of conversations: about 5,000 or fewer, the chat model; about 100,000 or more, the
+base model. No published experiment was found that confirms the numbers, so each reason names what it rests on. With
+the model's size and a GPU's memory it also says whether all weights can be trained or an adapter only (LoRA).
+
+In a recipe:
+  model: Qwen/Qwen3-0.6B-Base           the base model
+  chat_model: Qwen/Qwen3-0.6B           the chat model that was made of it
+  sft: {start: chat}                    fine-tuning starts from the chat model; left out: from the base
+  chat_vector: true                     instead of that line: train on the base, then add what made the chat model"""
+    c = _command(sub, "chat-or-base", commands.chat_or_base, "say which model to start fine-tuning from, and why", more)
+    c.add_argument("conversations", metavar="NUMBER|FILE", help="conversations of the domain (5000, 5k), or their file")
+    c.add_argument("--parameters", metavar="N", help="of the model, such as 7B or 600M")
+    c.add_argument("--memory", type=float, metavar="GB", help="of one GPU, or of the machine where there is none")
+    c.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs, 0 for none (%(default)s)")
+    known = "you know the data that the chat model was tuned on, and trust them"
+    c.add_argument("--data-known", action="store_true", help=known)
 
 
 def _questions(sub):

@@ -257,7 +257,17 @@ def load(
                 f"the tokenizer of {name} has {len(tok)} tokens but the model only {rows} rows: they "
                 "do not belong together."
             )
+        if is_adapter(resolve(name)):
+            _stop_at_end(model, tok)
         return (model if quantize else model.to(device)).eval(), tok
+
+
+def _stop_at_end(model, tok):
+    "Let generation end at the tokenizer's end token, too: an adapter on a base model may bring a chat model's."
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if tok.eos_token_id not in stops:
+        model.generation_config.eos_token_id = [*stops, tok.eos_token_id]
 
 # %% ../nbs/10_models.ipynb #d2520495
 def _weights(name, trust, **kw):

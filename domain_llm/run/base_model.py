@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENIZERS', 'AGAIN', 'FORBIDDEN', 'installed', 'demo_converted', 'find_model', 'sizes', 'adapter_parameters',
-           'model_fits']
+           'model_fits', 'tokenizer_of', 'pair_findings']
 
 # %% ../../nbs/95_run.base_model.ipynb #96d3f042
 import json
@@ -14,9 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core import InputError, cache_dir, read_json
-from ..models import DEMO_MODEL, base_of, check_template, quiet, resolve
+from ..models import DEMO_MODEL, base_of, check_template, load_tokenizer, quiet, resolve
 from .findings import error, note, warning
 from .recipe import has_conversations, training_stages
+from ..train.start import check_pair
 
 # %% ../../nbs/95_run.base_model.ipynb #62bd1e72
 def installed(module):
@@ -277,7 +278,7 @@ def _kind(cfg, config):
 
 def _tokenizer_fits(cfg, text, tok):
     "Findings on the tokenizer's size and, where conversations are used, on its chat template."
-    found, name = [], cfg["model"]
+    found, name = [], cfg["chat_model"] or cfg["model"]
     if len(tok) > text.vocab_size:
         said = f"the tokenizer of {name} has {len(tok):,} tokens, but the model has rows for {text.vocab_size:,} only."
         found.append(error("model", f"{said} They do not belong together: {AGAIN[0].lower()}{AGAIN[1:]}"))
@@ -285,5 +286,31 @@ def _tokenizer_fits(cfg, text, tok):
         try:
             check_template(tok, name)
         except InputError as e:
-            found.append(error("model", str(e)))
+            found.append(error("model", f"{e} A base model is tuned in its chat model's: write chat_model: NAME."))
+    return found
+
+# %% ../../nbs/95_run.base_model.ipynb #52bc7d34
+def tokenizer_of(
+    cfg: dict,  # a checked recipe
+):
+    "The tokenizer of a run, with the chat template: the chat model's where the recipe names a pair."
+    return load_tokenizer(cfg["chat_model"] or cfg["model"], cfg["trust_remote_code"])
+
+
+def pair_findings(
+    cfg: dict,  # a checked recipe
+    config,  # of its model, from `find_model`
+):
+    "Findings on the chat model of a recipe that names a pair, and an error where the two are no pair."
+    if not cfg["chat_model"]:
+        return []
+    other, found = find_model({**cfg, "model": cfg["chat_model"]})
+    if other is None or any(f["level"] == "error" for f in found):
+        return found
+    trust = cfg["trust_remote_code"]
+    names = dict(model=config, chat_model=other)
+    try:
+        check_pair(*(dict(name=cfg[k], config=c, tok=load_tokenizer(cfg[k], trust)) for k, c in names.items()))
+    except InputError as e:
+        found.append(error("model", str(e)))
     return found

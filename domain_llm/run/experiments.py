@@ -23,8 +23,9 @@ from .forecast import claim_lines, group_count, plan_text, recorded
 from .inputs import read_inputs
 from .measuring import exam, figures, load_to_measure, values
 from .pipeline import make_room, prepare, run_stage
-from .recipe import read_recipe, training_stages
-from .stages import Stage, exam_of, identity, probes_of, stages
+from .recipe import model_stages, read_recipe, training_stages
+from .settings import identifying
+from .stages import Stage, exam_of, identities, probes_of, stages
 from ..train.pretrain import excerpts
 from ..train.rehearse import rehearse
 
@@ -50,7 +51,7 @@ class _Bench:
 def _corpus(cfg, out):
     "Read and clean the data of a recipe, unless that is done; gives a mark of what is trained on."
     read_inputs(cfg, out)
-    run_stage(cfg, out, "corpus", stages(cfg)["corpus"], identity(cfg["model"]))
+    run_stage(cfg, out, "corpus", stages(cfg)["corpus"], identities(cfg))
     return [keep.content(out, f"corpus/{name}.jsonl") for name in _TRAINED_ON]
 
 
@@ -66,7 +67,7 @@ def _exam(cfg, out):
     return found
 
 # %% ../../nbs/65_run.experiments.ipynb #e7806305
-_SETTINGS = ("model", "trust_remote_code", "select", "mix", "evaluate")
+_SETTINGS = ("model", "chat_model", "chat_vector", "trust_remote_code", "select", "mix", "evaluate")
 
 
 def _mark(arm, cfg, out, measured):
@@ -74,13 +75,14 @@ def _mark(arm, cfg, out, measured):
     made = arm["recipe"]
     differs = any(made[name] != cfg[name] for name in ("data", "lab", "tasks"))
     data = _corpus(made if differs else cfg, out)
-    own = {name: made[name] for name in (*_SETTINGS, *training_stages(made))}
-    return own | dict(rehearsed=arm["rehearsed"], content=fingerprint(identity(made["model"]), measured, data))
+    own = identifying({name: made[name] for name in (*_SETTINGS, *training_stages(made))})
+    content = fingerprint(*identities(made).values(), measured, data)
+    return own | dict(rehearsed=arm["rehearsed"], content=content)
 
 
 def _before(cfg, measured, out):
     "The metrics of a recipe's model before training, measured once for each model."
-    mark = fingerprint(identity(cfg["model"]), measured)
+    mark = fingerprint(*identities(cfg).values(), measured)
     folder, done = keep.begin(out, "before", [mark])
     if not done:
         found = figures(*load_to_measure(cfg["model"], cfg), **measured)
@@ -127,8 +129,8 @@ def _rehearse_stage(cfg, read, out):
 
 def _rehearsed(stage, cfg, out):
     "The pre-training stage with text that the model wrote as its general text."
-    own = Stage(_rehearse_stage, ("model", "trust_remote_code", "mix", "seed"))
-    run_stage(cfg, out, "rehearsal", own, identity(cfg["model"]))
+    own = Stage(_rehearse_stage, ("model", "chat_model", "trust_remote_code", "mix", "seed"))
+    run_stage(cfg, out, "rehearsal", own, identities(cfg))
     return replace(stage, reads={**stage.reads, "general": "rehearsal/rows.jsonl"})
 
 
@@ -141,12 +143,12 @@ def _train(arm, out, seed):
     "Run the training stages of an arm; gives the folder of the model."
     cfg = arm["recipe"]
     _corpus(_drawn(cfg, seed), out)
-    plan, model = stages(cfg), identity(cfg["model"])
-    for name in training_stages(cfg):
+    plan, models = stages(cfg), identities(cfg)
+    for name in model_stages(cfg):
         stage = plan[name]
         if name == "pretrain" and arm["rehearsed"]:
             stage = _rehearsed(stage, cfg, out)
-        _, made = run_stage({**cfg, "seed": seed}, out, name, stage, model)
+        _, made = run_stage({**cfg, "seed": seed}, out, name, stage, models)
         if name == "pretrain":
             _check_size(made, cfg["mix"])
     return out / name / "model"
@@ -176,7 +178,7 @@ def _drop(out, name):
 
 def _start(mark):
     "What decides the result of an arm's pre-training."
-    return {k: v for k, v in mark.items() if k != "sft"}
+    return {k: v for k, v in mark.items() if k not in ("sft", "chat_vector")}
 
 
 def _train_and_measure(bench, mark, seed):
@@ -191,7 +193,7 @@ def _train_and_measure(bench, mark, seed):
     found = values(figures(*load_to_measure(str(model), arm["recipe"]), **measured))
     later = [bench.marks[n] for n in names[names.index(name) + 1 :]]
     shared = "pretrain" in mark and any(_start(mark) == _start(other) for other in later)
-    for stage in training_stages(arm["recipe"]):
+    for stage in model_stages(arm["recipe"]):
         if not (shared and stage == "pretrain"):
             _drop(out, stage)
     return found
@@ -251,13 +253,14 @@ def _origin(cfg):
 
     roles = ("documents", "questions", "general", "instructions")
     data = {role: [plain(p) for p in cfg["data"][role]] for role in roles}
-    return dict(model=plain(cfg["model"]), data=data) | ({"lab": cfg["lab"]} if cfg["lab"] else {})
+    models = {key: plain(cfg[key]) for key in ("model", "chat_model") if cfg[key]}
+    return models | dict(data=data) | ({"lab": cfg["lab"]} if cfg["lab"] else {})
 
 
 def _settings(arm):
     "What a result says of an arm."
     names = ["mix", "select", "pretrain", *(["sft"] if "sft" in arm["stages"] else [])]
-    names += ["tasks"] if arm["recipe"]["tasks"] else []
+    names += [name for name in ("tasks", "chat_vector") if arm["recipe"][name]]
     return {name: arm["recipe"][name] for name in names}
 
 # %% ../../nbs/65_run.experiments.ipynb #42f2aa18

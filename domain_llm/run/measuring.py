@@ -23,6 +23,7 @@ from .training import kept_path, texts_of
 from ..ship.fidelity import compare_with_original
 from ..ship.gguf import export_gguf
 from ..ship.serve import complete
+from ..train.start import in_chat_format
 
 # %% ../../nbs/96_run.measuring.ipynb #517e486b
 def figures(
@@ -98,10 +99,14 @@ def exam(
 
 def load_to_measure(
     name: str,  # of a model
-    cfg: dict,  # trust_remote_code
+    cfg: dict,  # trust_remote_code, and perhaps chat_model
 ):
-    "The model and tokenizer, in bfloat16 where the processor computes in it: half the memory, about twice the speed."
-    return load(name, dtype=half_dtype(default_device()), trust_remote_code=cfg["trust_remote_code"])
+    """The model, in bfloat16 where the processor computes in it (half the memory, about twice the speed), and its
+    tokenizer, or that of the recipe's chat model."""
+    model, tok = load(name, dtype=half_dtype(default_device()), trust_remote_code=cfg["trust_remote_code"])
+    if cfg.get("chat_model"):
+        tok = in_chat_format(model, cfg["chat_model"], cfg["trust_remote_code"])
+    return model, tok
 
 
 def _measure(cfg, read, model):

@@ -18,10 +18,10 @@ from .findings import findings_text, refuse
 from .inputs import ROLES, demo_data, read_inputs
 from .preflight import mined_findings, preflight_of, worth
 from .recipe import into_folder, read_recipe
-from .stages import REPORTS, identity, marks, only, stages
+from .stages import REPORTS, identities, marks, only, stages
 
 # %% ../../nbs/64_run.pipeline.ipynb #651114b2
-STAGES = ("corpus", "baseline", "pretrain", "sft", "evaluate", "screen", "answers", "quantize", "report")
+STAGES = ("corpus", "baseline", "pretrain", "sft", "chat_vector", "evaluate", "screen", "answers", "quantize", "report")
 NAMES = ("demo", *(f"inputs/{role}" for role in ROLES), *STAGES)
 
 
@@ -99,10 +99,10 @@ def run_stage(
     out: Path,  # folder of the run
     name: str,  # of the stage
     stage,  # as from `stages`
-    model: str,  # as from `stages.identity`
+    models: dict,  # as from `stages.identities`
 ):
     "Do one stage unless its result is there; gives whether it was done and its headline figures."
-    folder, done = keep.begin(out, name, marks(cfg, name, stage, out, model))
+    folder, done = keep.begin(out, name, marks(cfg, name, stage, out, models))
     if done:
         return False, read_json(folder / "manifest.json")["metrics"]
     start = time.time()
@@ -141,14 +141,14 @@ def run_recipe(
 # %% ../../nbs/64_run.pipeline.ipynb #5a6cedca
 def _run_stages(cfg, out):
     "Do the stages of a recipe in order; results of stages that it does not have are set aside."
-    model, plan = identity(cfg["model"]), stages(cfg)
+    models, plan = identities(cfg), stages(cfg)
     for name in STAGES:
         if name not in plan:
             keep.set_aside(out, name)
     for i, (name, stage) in enumerate(plan.items(), 1):
         print(f"[{i}/{len(plan)}] {name}: {stage.work.__doc__}", flush=True)
         start = time.time()
-        new, metrics = run_stage(cfg, out, name, stage, model)
+        new, metrics = run_stage(cfg, out, name, stage, models)
         said = f"{time.time() - start:.0f} s{_shown(metrics)}" if new else "unchanged, skipped"
         print(f"      {said}", flush=True)
         if name == "corpus":
@@ -173,10 +173,10 @@ def check_run(
     with keep.alone(out):
         cfg = prepare(cfg, out)
         _refuse_early(cfg, out)
-        model, plan = identity(cfg["model"]), stages(cfg)
+        models, plan = identities(cfg), stages(cfg)
         for name in ("corpus", "baseline"):
             print(f"{name}: {plan[name].work.__doc__}", flush=True)
-            run_stage(cfg, out, name, plan[name], model)
+            run_stage(cfg, out, name, plan[name], models)
             if name == "corpus":
                 _say_mined(cfg, out)
         _say_worth(out)
@@ -187,5 +187,5 @@ def final_model(
     out,  # folder of a run
 ):
     "Folder of the trained model of a run (of an adapter, where the method is lora), or None."
-    found = [Path(out) / stage / "model" for stage in ("sft", "pretrain")]
+    found = [Path(out) / stage / "model" for stage in ("chat_vector", "sft", "pretrain")]
     return next((p for p in found if (p / "config.json").exists() or (p / "adapter_config.json").exists()), None)

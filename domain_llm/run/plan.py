@@ -79,8 +79,12 @@ def disk_parts(
             kept = now["kept models"] + set_["probes"] * (adapter or half * size["parameters"])
             now = {**now, "kept models": kept}
         moments.append(now | _checkpoints(CHECKPOINTS, set_, size, device))
-        now = {**now, "final models": now["final models"] + weights + adapter}
+        start = weights if set_.get("start") == "chat" and "pretrain" in training_stages(cfg) else 0
+        now = {**now, "final models": now["final models"] + weights + adapter + start}
         moments.append(now | _checkpoints(CHECKPOINTS - 1, set_, size, device))
+    if cfg.get("chat_vector"):
+        moments.append({**now, "final models": now["final models"] + 2 * weights})  # an adapter is merged beside it
+        now = {**now, "final models": now["final models"] + weights}
     if cfg.get("quantize"):
         files = sum(gguf_bytes(size, kind) for kind in cfg["quantize"]["types"])
         moments.append({**now, "GGUF files": weights + files})  # with the lossless file that the others are made from
@@ -109,7 +113,7 @@ def free_disk(
 ):
     "Bytes that a run can use: what is free on the disk of `out`, and what its stages have written there already."
     folder = Path(out).expanduser().resolve()
-    stages = [folder / stage for stage in ("pretrain", "sft", "quantize")]
+    stages = [folder / stage for stage in ("pretrain", "sft", "chat_vector", "quantize")]
     written = sum(p.stat().st_size for stage in stages for p in stage.rglob("*") if p.is_file())
     while not folder.exists():
         folder = folder.parent

