@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fixtures.pairs import make_pair
 
 from domain_llm.models import load, load_tokenizer, tiny
 
@@ -29,6 +30,12 @@ def tiny_folder(tok, tmp_path_factory):
     tiny(tok).save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pair(tok, tmp_path_factory):
+    "A small base model, without a chat template, and its chat model, as folders."
+    return make_pair(tok, tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture

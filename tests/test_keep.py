@@ -20,7 +20,12 @@ from domain_llm.run.settings import Recipe, section_of
 from domain_llm.run.stages import REPORTS, identity, stages
 
 TINY = dict(
-    name="small", demo=8, mix=dict(parts=dict(domain=1, general=0.5, instructions=0.2)), evaluate=dict(screen=True)
+    name="small",
+    demo=8,
+    model="owner/base",
+    chat_model="owner/chat",
+    mix=dict(parts=dict(domain=1, general=0.5, instructions=0.2)),
+    evaluate=dict(screen=True),
 )
 
 
@@ -35,6 +40,7 @@ MADE = {  # what each stage leaves behind, as far as later stages read it
     "baseline": ("measured.json",),
     "pretrain": ("model/weights", "history.json", "kept/step-1/weights"),
     "sft": ("model/weights", "kept/step-1/weights"),
+    "chat_vector": ("model/weights",),
     "evaluate": ("measured.json",),
     "screen": ("screen.json",),
     "answers": ("answers.json",),
@@ -92,6 +98,9 @@ OTHER = dict(warmup=0.2, schedule="constant", weight_decay=0.1, rank=8, alpha=8,
 TABLE = {  # setting -> (another value, stages that run again)
     "name": ("other", ["report"]),
     "model": ("owner/other", ["baseline", *AFTER_PRETRAIN]),
+    "chat_model": ("owner/other", ["baseline", *AFTER_PRETRAIN]),
+    "chat_vector": (True, ["chat_vector", *AFTER_SFT]),
+    "sft.start": ("chat", ["sft", *AFTER_SFT]),
     "trust_remote_code": (True, ["baseline", *AFTER_PRETRAIN]),
     "seed": (1, ALL),
     "demo": (9, ALL),

@@ -1,81 +1,23 @@
-"""Chat or base: the sum of weights by hand, pairs that are none, the recipe's keys end to end, the rule of thumb."""
+"""Chat or base: the sum of weights by hand, pairs that are none, the recipe's keys, the rule of thumb."""
 
-import copy
 import json
-import os
-import random
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from fixtures.pairs import is_sum, moved, saved, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from domain_llm import cli
 from domain_llm.core import InputError, read_json
 from domain_llm.models import is_adapter, load, tiny
-from domain_llm.run import keep, training
-from domain_llm.run.pipeline import final_model, run_recipe
+from domain_llm.run import keep
 from domain_llm.run.plan import GPU, disk_parts
 from domain_llm.run.preflight import preflight_of, start_findings
-from domain_llm.run.recipe import check_recipe, model_stages
+from domain_llm.run.recipe import check_recipe
 from domain_llm.run.stages import identities, marks, stages
 from domain_llm.train.loop import add_lora
 from domain_llm.train.start import add_chat_vector, advise, check_pair, crossover, described, in_chat_format
-
-
-def moved(model, seed, size=0.02):
-    "A copy of a model whose every weight is moved at random."
-    other, draw = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.add_(size * torch.randn(p.shape, generator=draw))
-    return other
-
-
-def saved(model, tok, folder, **kw):
-    "A model and a tokenizer in a folder."
-    model.save_pretrained(folder, **kw)
-    tok.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def base_tok(tok):
-    "The demo model's tokenizer as that of a base model: no template, another end of text."
-    plain = copy.deepcopy(tok)
-    plain.chat_template = None
-    plain.eos_token = "<|endoftext|>"
-    return plain
-
-
-@pytest.fixture(scope="session")
-def pair(tok, base_tok, tmp_path_factory):
-    "A base model without a chat template and a chat model that was made of it, as folders."
-    made, model = tmp_path_factory.mktemp("pair"), tiny(tok)
-    model.generation_config.eos_token_id = base_tok.eos_token_id
-    chat = moved(model, 1)
-    chat.generation_config.eos_token_id = tok.eos_token_id
-    return dict(base=saved(model, base_tok, made / "base"), chat=saved(chat, tok, made / "chat"))
-
-
-def weights(folder):
-    "The weights of a model, or of an adapter's model with the adapter in it, as 64-bit numbers by name."
-    if is_adapter(folder):
-        model = load(str(folder), device="cpu")[0]
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    return {name: p.detach().double() for name, p in model.named_parameters()}
-
-
-def is_sum(folder, tuned, pair, eps=1e-6):
-    "Whether a folder holds tuned + chat - base, computed here by hand."
-    found, one, base, chat = (weights(f) for f in (folder, tuned, pair["base"], pair["chat"]))
-    assert found.keys() == one.keys()
-    return all(torch.allclose(found[n], one[n] + chat[n] - base[n], atol=eps, rtol=0) for n in found)
-
 
 # The sum
 
@@ -286,152 +228,6 @@ def test_a_recipe_without_the_keys_has_the_fingerprints_of_old(monkeypatch):
     assert [n for n in added if added[n] != with_pair.get(n)] == ["chat_vector"]
 
 
-def recipe(pair, **more):
-    "A small recipe of the demo for a pair."
-    small = dict(length=128, tokens_per_step=256, probes=1, learning_rate=3e-3, rank=4, forgetting_budget=100)
-    return (
-        dict(
-            name="small",
-            demo=8,
-            model=str(pair["base"]),
-            chat_model=str(pair["chat"]),
-            mix=dict(parts=dict(domain=1), tokens=1500),
-            pretrain=dict(small, method="full"),
-            sft=dict(small, method="lora", length=256, epochs=0.3),
-            evaluate=dict(questions=8, probe_tokens=100),
-            quantize=False,
-        )
-        | more
-    )
-
-
-def run(folder, given, out="out"):
-    "Run a recipe; gives the folder of the run."
-    (folder / "r.yaml").write_text(yaml.safe_dump(given))
-    run_recipe(folder / "r.yaml", folder / out)
-    return folder / out
-
-
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_start_from_the_chat_model_brings_what_pretraining_changed(pair, tok, tmp_path, method):
-    given = recipe(pair)
-    given["pretrain"]["method"] = method
-    given["sft"]["start"] = "chat"
-    out = run(tmp_path, given)
-    assert is_sum(out / "sft" / "base", out / "pretrain" / "model", pair)
-    assert read_json(final_model(out) / "adapter_config.json")["base_model_name_or_path"] == str(out / "sft" / "base")
-    assert AutoTokenizer.from_pretrained(final_model(out)).chat_template == tok.chat_template
-    reads = read_json(out / "sft" / "manifest.json")["reads"]
-    assert "history" not in reads  # general text is compared with the chat model, where this training starts
-    start = read_json(out / "sft" / "history.json")[0]
-    assert start["step"] == 0 and start["general_bpb"] != read_json(out / "pretrain" / "history.json")[0]["general_bpb"]
-
-
-def test_without_pretraining_the_chat_model_itself_is_the_start(pair, tmp_path):
-    given = recipe(pair, pretrain=False)
-    given["sft"]["start"] = "chat"
-    out = run(tmp_path, given)
-    assert not (out / "sft" / "base").exists()
-    assert read_json(final_model(out) / "adapter_config.json")["base_model_name_or_path"] == str(pair["chat"])
-
-
-@pytest.mark.parametrize(
-    "more, last",
-    [
-        (dict(), "sft"),
-        (dict(sft=dict(method="full", length=256, tokens_per_step=256, epochs=0.3), pretrain=False), "sft"),
-        (dict(sft=False), "pretrain"),
-    ],
-)
-def test_the_chat_vector_is_added_to_what_was_trained_last(pair, tmp_path, capsys, more, last):
-    given = recipe(pair, chat_vector=True, **more)
-    out = run(tmp_path, given)
-    assert final_model(out) == out / "chat_vector" / "model" and is_sum(final_model(out), out / last / "model", pair)
-    assert read_json(out / "evaluate" / "manifest.json")["reads"]["model"] == "chat_vector/model"
-    assert "chat vector was added" in (out / "MODEL_CARD.md").read_text()
-    capsys.readouterr()
-    run(tmp_path, given)
-    said = capsys.readouterr().out
-    assert said.count("unchanged, skipped") == len(stages(check_recipe(given | dict(output=str(out)))))
-    assert not list(Path(out).rglob("*.part")) and model_stages(check_recipe(given))[-1] == "chat_vector"
-
-
-def tree(folder):
-    "The files of a run, but for its private folder."
-    return {p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if keep.PRIVATE not in p.parts}
-
-
-@pytest.mark.parametrize("key", ["chat_vector", "start"])
-def test_killed_at_random_moments_it_ends_the_same(pair, runs, tmp_path, key):
-    given = recipe(pair, **(dict(chat_vector=True) if key == "chat_vector" else {}))
-    if key == "start":
-        given["sft"]["start"] = "chat"
-    whole, rng = run(tmp_path, given, "whole"), random.Random(key)
-    for _ in range(4):
-        runs.run(tmp_path / "r.yaml", tmp_path / "cut", rng.uniform(0.5, 5))
-    ended = runs.run(tmp_path / "r.yaml", tmp_path / "cut")
-    assert ended == "exit 0", Path(f"{tmp_path / 'cut'}.log").read_text()[-2000:]
-    one, other = (weights(final_model(out)) for out in (whole, tmp_path / "cut"))
-    assert all(torch.equal(one[name], other[name]) for name in one) and tree(whole) == tree(tmp_path / "cut")
-
-
-def test_cut_in_the_middle_of_a_sum_it_begins_that_again(pair, tmp_path, monkeypatch):
-    real = training.add_chat_vector
-
-    def cut(tuned, base, chat, out, trust):
-        (Path(out).parent / "model.abc.part").mkdir()  # what a killed process leaves
-        raise KeyboardInterrupt
-
-    given = recipe(pair, chat_vector=True, sft=False)
-    monkeypatch.setattr(training, "add_chat_vector", cut)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, given)
-    monkeypatch.setattr(training, "add_chat_vector", real)
-    monkeypatch.setattr(training, "train", lambda *args, **kw: pytest.fail("trained again"))
-    out = run(tmp_path, given)
-    assert is_sum(final_model(out), out / "pretrain" / "model", pair) and not list(out.rglob("*.part"))
-
-
-@pytest.fixture
-def hub(pair, tmp_path):
-    "A hub cache that holds the pair as owner/base and owner/chat; gives its environment."
-    for name, folder in pair.items():
-        made = tmp_path / "hub" / f"models--owner--{name}"
-        shutil.copytree(folder, made / "snapshots" / "abc")
-        (made / "refs").mkdir()
-        (made / "refs" / "main").write_text("abc")
-    return {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-
-
-def test_a_pair_on_the_hub_runs_by_its_names(pair, hub, tmp_path):
-    given = recipe(dict(base="owner/base", chat="owner/chat"), pretrain=False, chat_vector=True)
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(given))
-    for command in ("check", "run"):
-        argv = ["domain-llm", command, str(tmp_path / "r.yaml"), "--output", str(tmp_path / "out")]
-        done = subprocess.run(argv, env=hub, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    adapter = tmp_path / "out" / "sft" / "model"
-    assert read_json(adapter / "adapter_config.json")["base_model_name_or_path"] == "owner/base"
-    local = shutil.copytree(adapter, tmp_path / "adapter")
-    said = read_json(local / "adapter_config.json") | dict(base_model_name_or_path=str(pair["base"]))
-    (local / "adapter_config.json").write_text(json.dumps(said))
-    assert is_sum(tmp_path / "out" / "chat_vector" / "model", local, pair)
-
-
-def test_the_three_starts_are_compared_by_the_shipped_experiment(pair, tmp_path, capsys):
-    given = recipe(pair, evaluate=dict(questions=40, probe_tokens=100))
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(given))
-    argv = ["ablate", "start", "--recipe", tmp_path / "r.yaml", "--seeds", "1", "--output", tmp_path / "out"]
-    assert cli.main([str(a) for a in argv]) == 0, capsys.readouterr().err[-2000:]
-    result = read_json(tmp_path / "out" / "result.json")
-    assert list(result["runs"]) == ["base", "chat", "chat vector"] and result["chat_model"] == "chat"
-    figures = [result["runs"][arm]["0"]["general_bpb"]["values"] for arm in result["runs"]]
-    assert figures[0] != figures[1] != figures[2] and result["arms"]["chat"]["sft"]["start"] == "chat"
-    assert not [name for name in ("sft", "chat_vector") if (tmp_path / "out" / name).exists()]
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump({k: v for k, v in given.items() if k != "chat_model"}))
-    assert cli.main([str(a) for a in argv]) == 2 and "names no chat model" in capsys.readouterr().err
-
-
 # Before a run
 
 
@@ -450,8 +246,8 @@ def test_a_base_model_without_a_template_asks_for_its_chat_model(pair, tok, tmp_
     wide = saved(other_model(tok, hidden_size=32, head_dim=16), tok, tmp_path / "wide")
     (said,) = errors(check_recipe(alone | dict(chat_model=str(wide))), tmp_path)
     assert "hidden_size is 64 in one and 32 in the other" in said
-    (said,) = errors(check_recipe(alone | dict(chat_model=str(tmp_path / "none"))), tmp_path)
-    assert "none" in said
+    (said,) = errors(check_recipe(alone | dict(chat_model="nobody/nothing")), tmp_path)
+    assert "nobody/nothing is not in the cache" in said
 
 
 def test_the_note_names_the_start_and_the_rule():
@@ -466,15 +262,16 @@ def test_the_note_names_the_start_and_the_rule():
 
 def test_the_disk_holds_the_sums_too():
     size = dict(parameters=1e9, embedding=1e8, matrices=[(100, 100)])
-    plain = PAIR | dict(demo=8, quantize=False, pretrain=dict(method="full"), sft=dict(method="full"))
+    model = 2e9  # bytes of 16 bits a parameter
 
-    def final(**more):
-        return disk_parts(check_recipe(plain | more), size, GPU)["final models"]
+    def most(**more):
+        return sum(disk_parts(check_recipe(PAIR | dict(demo=8, quantize=False) | more), size, GPU).values())
 
-    models = 2e9  # bytes of one model of 16 bits
-    assert final(sft=dict(method="full", start="chat")) == final() + models
-    added = disk_parts(check_recipe(plain | dict(chat_vector=True, quantize=dict(types=["q8_0"]))), size, GPU)
-    assert added["final models"] == 3 * models  # of pre-training, of fine-tuning, and with the vector
+    lora, full = dict(method="lora"), dict(method="full")
+    assert most(sft=full | dict(start="chat")) == most(sft=full) + model
+    assert most(pretrain=False, sft=full | dict(start="chat")) == most(pretrain=False, sft=full)
+    with_vector = most(pretrain=False, sft=lora, chat_vector=True)
+    assert with_vector == pytest.approx(most(pretrain=False, sft=lora) + 2 * model, rel=1e-3)  # an adapter is merged
 
 
 # The rule of thumb
@@ -502,7 +299,7 @@ def test_the_rule_by_samples_and_machine(asked, start, method):
     assert (found["start"], found["method"]) == (start, method)
     text = " ".join(found["reasons"])
     assert "No published experiment was found" in text and "domain-llm ablate start" in text
-    assert ("Biderman" in text) == (method == "lora") and ("Shadow-FT" in text) == (start != "base")
+    assert ("Biderman" in text) == (method == "lora") and "Shadow-FT" in text
 
 
 def test_reasons_name_the_machine():

@@ -78,9 +78,10 @@ def disk_parts(
         if cfg["evaluate"]["screen"]:
             kept = now["kept models"] + set_["probes"] * (adapter or half * size["parameters"])
             now = {**now, "kept models": kept}
+        if set_.get("start") == "chat" and now["final models"]:  # the chat model with what pre-training changed
+            now = {**now, "final models": now["final models"] + weights}
         moments.append(now | _checkpoints(CHECKPOINTS, set_, size, device))
-        start = weights if set_.get("start") == "chat" and "pretrain" in training_stages(cfg) else 0
-        now = {**now, "final models": now["final models"] + weights + adapter + start}
+        now = {**now, "final models": now["final models"] + weights + adapter}
         moments.append(now | _checkpoints(CHECKPOINTS - 1, set_, size, device))
     if cfg.get("chat_vector"):
         moments.append({**now, "final models": now["final models"] + 2 * weights})  # an adapter is merged beside it

@@ -255,14 +255,14 @@ def advise(
 
 def _advised_start(samples, known):
     "What the rule says of a number of samples, with what is published for and against it."
-    reasons = [f"{samples:,} samples. {_RULE} {_NO_CROSSOVER}"]
+    reasons = [f"{samples:,} samples. {_RULE} {_NO_CROSSOVER}", _AGAINST_CHAT]
     if samples <= FEW:
-        return "chat", [*reasons, _AGAINST_CHAT]
+        return "chat", reasons
     if samples < MANY:
-        return "either", [*reasons, "Between the two numbers the rule says nothing.", _AGAINST_CHAT]
+        return "either", [*reasons, "Between the two numbers the rule says nothing."]
     if known:
         trusted = "You know the data of the chat model and trust them, so the reason for the base model falls away."
-        return "either", [*reasons, trusted, _AGAINST_CHAT]
+        return "either", [*reasons, trusted]
     return "base", reasons
 
 # %% ../../nbs/47_train.start.ipynb #567f6540
