@@ -70,8 +70,13 @@ def prepare(
 def _refuse_early(cfg, out):
     "Print what the preflight finds; raise InputError when the run cannot be done."
     found = preflight_of(cfg, out)
-    print(findings_text(found).replace(f"{Path.cwd()}{os.sep}", ""), flush=True)
+    print(_from_here(findings_text(found)), flush=True)
     refuse(found)
+
+
+def _from_here(text):
+    "A text with paths below the working directory written from there."
+    return text.replace(f"{Path.cwd()}{os.sep}", "")
 
 
 def _say_worth(out):
@@ -159,7 +164,7 @@ def check_run(
     with keep.alone(out):
         cfg = prepare(cfg, out)
         if show is not None:
-            print(shown_conversation(cfg, out, show))
+            print(_from_here(shown_conversation(cfg, out, show)))
             return
         _refuse_early(cfg, out)
         _show_first(cfg, out)
@@ -177,7 +182,7 @@ _SHOWN = 300  # characters of a stretch of the first conversation
 def _show_first(cfg, out):
     "Print the first conversation, its long stretches shortened, if there is one."
     if read_json(out / "inputs" / "instructions" / "manifest.json")["rows"]:
-        print(shown_conversation(cfg, out, most=_SHOWN))
+        print(_from_here(shown_conversation(cfg, out, most=_SHOWN)))
         print("('domain-llm check RECIPE --show N' prints conversation N, whole)", flush=True)
 
 
