@@ -424,15 +424,18 @@ def test_the_empty_thought_of_qwen3_is_noted_and_a_thought_of_the_answer_is_not(
     assert not any("<think>" in f["said"] for f in format_findings([dict(messages=own)], tok))
 
 
-def test_what_follows_the_mark_and_is_never_generated_is_no_fault():
-    "Phi-3's published template ends a text with <|endoftext|> after the mark <|end|>."
+@pytest.mark.parametrize(
+    "file, marks", [("phi3", ["<|end|>"]), ("cohere2", ["<|END_RESPONSE|>", "<|END_OF_TURN_TOKEN|>"])]
+)
+def test_two_marks_at_the_end_of_an_answer_are_no_fault(file, marks):
+    "Phi-3's published template ends a text with <|endoftext|> after the mark; Command A's closes answer and turn."
     from tokenizers import AddedToken
 
-    tok = with_template(family("qwen2.5"), carried_by_trl("phi3"))
+    tok = with_template(family("qwen2.5"), carried_by_trl(file))
     tok.add_special_tokens({"eos_token": "<|endoftext|>"})
-    tok.add_tokens([AddedToken(name, special=True) for name in ("<|end|>", "<|user|>", "<|assistant|>")])
-    stops = tok.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
-    assert levels(format_findings([dict(messages=TALK)], tok, stops)) == []
+    tok.add_tokens([AddedToken(name, special=True) for name in marks])
+    for stops in (None, tok.convert_tokens_to_ids(["<|endoftext|>", marks[-1]])):
+        assert levels(format_findings([dict(messages=TALK)], tok, stops)) == []
 
 
 def test_a_tokenizer_without_places_is_checked_too():

@@ -101,13 +101,22 @@ def _parted(labels, tok, stops):
     return labels[:at], labels[at] if at < len(labels) else None, labels[at + 1 :]
 
 # %% ../../nbs/46_train.format.ipynb #04419db8
+def _without_marks(labels, controls, tok):
+    "The labels without the special tokens and white space at their end; some templates close an answer with two marks."
+    last = len(labels)
+    while last and (labels[last - 1] in controls or decoded(labels[last - 1 : last], tok).isspace()):
+        last -= 1
+    return labels[:last]
+
+
 def _beside(labels, rest, answer, messages, tok):
     "What the labels hold beside the answer: pairs of a level and a sentence."
-    content, body = messages[answer["turn"]]["content"], decoded(labels, tok).strip()
+    controls = control_tokens(tok)
+    content, body = messages[answer["turn"]]["content"], decoded(_without_marks(labels, controls, tok), tok).strip()
     own = content.split("</think>")[-1].strip()
     if not body.endswith(own):
         own = decoded(tok(own, add_special_tokens=False).input_ids, tok).strip()  # as the tokenizer reads it
-    after = decoded([label for label in rest if label not in tok.added_tokens_decoder], tok).strip()
+    after = decoded([label for label in rest if label not in controls], tok).strip()
     if after or not body.endswith(own):
         said = (
             f"the labels cover {_quoted(decoded(answer['labels'], tok))}, which is not the answer {_quoted(own)} alone."
