@@ -116,7 +116,7 @@ def bracketed(
 
 # %% ../../nbs/94_train.picture.ipynb #e7922d6e
 STEPS = (0.1, 0.5, 1, 2, 4)  # nats, between the colours
-_BLUES = ("#eff3ff", "#c6dbef", "#9ecae1", "#6baed6", "#3182bd", "#08519c")  # ColorBrewer's Blues
+_BLUES = ("#eff3ff", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#08519c")  # ColorBrewer's Blues
 _FRAME = "#08306b"
 _CELL, _LINE = 7.9, 22  # width of a column and height of a line, in pixels
 
