@@ -94,11 +94,21 @@ def _check(sub):
     more = """
 
 Reads every file once (a run does not read them again), renders every conversation in the model's chat template, and
-compares disk, memory and installed packages with what the run needs. Then it measures whether the base model knows
-the documents already. Exit status 0 if the run can start, 2 if not."""
+compares disk, memory and installed packages with what the run needs. Before each answer, training must have exactly
+the tokens that a server will send, and the model must learn to stop where generation stops; the findings on "format"
+say whether that is so, and with which system prompt. The first conversation is printed as the model reads it:
+
+  <|im_start|>user↵
+  At·what·pressure·does·the·valve·open?<|im_end|>↵
+  <|im_start|>assistant↵
+  [[At·125·bar.<|im_end|>]]↵
+
+What stands in [[ ]] is trained, a dot is a space, ↵ ends a line. --show N prints conversation N, whole, and stops.
+Then it measures whether the base model knows the documents already. Exit status 0 if the run can start, 2 if not."""
     said = "read a recipe's data and say what would go wrong, before any training"
     c = _command(sub, "check", commands.check, said, more)
     c.add_argument("recipe", nargs="?", help="YAML file ('domain-llm init' writes one); without it the demo's")
+    c.add_argument("--show", type=int, metavar="N", help="print conversation N as the model reads it; measure nothing")
     _output(c)
 
 

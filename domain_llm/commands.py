@@ -42,7 +42,7 @@ def run(a):
 
 def check(a):
     "Say what would go wrong in a run."
-    check_run(a.recipe, a.output)
+    check_run(a.recipe, a.output, a.show)
 
 
 def init(a):

@@ -487,6 +487,66 @@ def test_check_refuses_what_would_fail_hours_later(tmp_path, capsys, tiny_folder
     assert not (tmp_path / "out" / "pretrain").exists() and not (tmp_path / "out" / "baseline").exists()
 
 
+@pytest.fixture
+def answering(tmp_path, tiny_folder):
+    "A recipe with two conversations, the second with a system turn and a long answer, and a few pages."
+    talk = [dict(role="user", content="多少巴？"), dict(role="assistant", content="40 bar.")]
+    long = [dict(role="system", content="Be brief."), talk[0], dict(role="assistant", content="Forty. " * 90 + "End")]
+    lines(tmp_path / "answers.jsonl", [dict(messages=talk), dict(messages=long)])
+    (tmp_path / "docs").mkdir()
+    for i in range(12):
+        (tmp_path / "docs" / f"{i}.md").write_text(f"Page {i} is about pump {i}, checked every {i + 2} days. " * 6)
+    data = dict(documents="docs", instructions="answers.jsonl")
+    evaluate = dict(probe_tokens=200, questions=4)
+    cfg = dict(model=str(tiny_folder), output="out", data=data, evaluate=evaluate, quantize=False)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(cfg))
+    return tmp_path / "r.yaml"
+
+
+def test_check_says_how_conversations_are_trained_and_shows_the_first(answering, capsys):
+    status, out = said_by(capsys, "check", answering)
+    flat = " ".join(out.split())
+    assert status == 0 and "2 answers in 2 conversations: before each, training has the prompt of a server" in flat
+    assert "Generation stops there." in flat and "1 of 2 conversations replace the model's own system prompt" in flat
+    assert "answers.jsonl, row 1, as the model reads it" in flat and "--show N" in flat
+    assert "<|im_start|>user↵\n多少巴？<|im_end|>↵\n<|im_start|>assistant↵\n[[40·bar.<|im_end|>]]↵" in out
+
+
+def test_check_shows_any_conversation_whole_and_measures_nothing(answering, capsys):
+    status, out = said_by(capsys, "check", answering, "--show", 2)
+    assert status == 0 and "answers.jsonl, row 2, as the model reads it" in out
+    assert "<|im_start|>system↵\nBe·brief.<|im_end|>↵" in out and "Forty.·" * 90 + "End<|im_end|>]]" in out
+    assert not (answering.parent / "out" / "baseline").exists() and "format:" not in out
+    for number, words in ((3, "there is no conversation 3. Choose one from 1 to 2"), (0, "there is no conversation 0")):
+        status, err = call(capsys, "check", answering, "--show", number)
+        assert status == 2 and words in err
+
+
+def test_a_recipe_without_conversations_has_none_to_show(answering, capsys):
+    cfg = yaml.safe_load(answering.read_text())
+    del cfg["data"]["instructions"]
+    answering.write_text(yaml.safe_dump(cfg))
+    status, err = call(capsys, "check", answering, "--show", 1)
+    assert status == 2 and "no conversations to show" in err
+
+
+def test_a_run_is_refused_whose_conversations_would_be_asked_in_another_format(answering, tiny_folder, capsys):
+    "The template writes no marker when it is asked for an answer."
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    model = answering.parent / "model"
+    shutil.copytree(tiny_folder, model)
+    tok = AutoTokenizer.from_pretrained(model)
+    tok.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tok.save_pretrained(model)
+    answering.write_text(answering.read_text().replace(str(tiny_folder), "model"))
+    status, err = call(capsys, "run", answering)
+    assert status == 2 and "'<|im_start|>assistant' before an answer, but not when it asks for one" in err
+    assert not (answering.parent / "out" / "baseline").exists()
+
+
 def test_check_reads_what_the_run_then_uses(tmp_path, capsys, tiny_folder, monkeypatch):
     (tmp_path / "docs").mkdir()
     for i in range(12):
@@ -662,6 +722,7 @@ def test_init_names_the_schema_for_editors(tmp_path, capsys, monkeypatch):
         ("corpus", ["--pairs", "shingles"]),
         ("schema", ["default"]),
         ("run", ["resumes from its last checkpoint"]),
+        ("check", ["--show N", "[[At·125·bar.<|im_end|>]]↵", "system prompt", "a dot is a space"]),
     ],
 )
 def test_help_teaches(command, words, capsys):

@@ -39,10 +39,11 @@ from domain_llm.run.plan import (
     memory_parts,
     this_device,
 )
-from domain_llm.run.preflight import NAMED, conversation_findings, extras_findings, settings_findings, worth
+from domain_llm.run.preflight import conversation_findings, extras_findings, settings_findings, worth
 from domain_llm.run.recipe import check_recipe, read_recipe
 from domain_llm.train.batches import documents_apart, token_losses
 from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora, half_precision, train
+from domain_llm.train.sft import NAMED
 
 
 def recipe(**given):

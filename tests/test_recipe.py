@@ -150,8 +150,16 @@ def test_report_opens_without_a_network(whole):
             links.extend(v for k, v in attrs if k in ("src", "href") and not v.startswith("#"))
 
     Links().feed(page)
-    assert not links and page.count("<svg") == 4
+    assert not links and page.count("<svg") == 5
     assert "domain-llm chat" in page and "95% interval" in page
+
+
+def test_the_report_shows_the_first_conversation_with_its_losses(whole):
+    out, page = whole[1], (whole[1] / "report.html").read_text()
+    drawn = page.partition("<h2>What fine-tuning trains</h2>")[2].partition("</svg>")[0]
+    answer = read_jsonl(out / "corpus" / "instructions.jsonl")[0]["messages"][1]["content"]
+    assert "nats</title>" in drawn and f">·{answer.split()[1]}</text>" in drawn
+    assert "&lt;|im_end|&gt;</text>" in drawn
 
 
 def test_a_probe_of_one_document_has_no_interval_and_says_so(whole, tmp_path):

@@ -1,7 +1,7 @@
 import copy
 
 import pytest
-from fixtures.families import family
+from fixtures.families import characters, family
 
 from domain_llm.core import InputError
 from domain_llm.demo.world import make_world
@@ -265,30 +265,7 @@ def test_thoughts_that_the_template_drops_are_no_fault(tok):
 
 
 def test_a_tokenizer_without_offsets_gives_the_same_mask():
-    "Baichuan's and ChatGLM's own tokenizers are written in Python and know no places. Here one token is one character."
-    from transformers import PreTrainedTokenizer
-
-    class Characters(PreTrainedTokenizer):
-        def __init__(self, **kw):
-            self.characters = sorted(set("".join(CONVERSATIONS["mistral"]) + "<|s/What do and mean?unk"))
-            super().__init__(**kw)
-
-        vocab_size = property(lambda self: len(self.characters))
-
-        def get_vocab(self):
-            return {c: i for i, c in enumerate(self.characters)} | self.added_tokens_encoder
-
-        def _tokenize(self, text, **kw):
-            return list(text)
-
-        def _convert_token_to_id(self, c):
-            return self.characters.index(c)
-
-        def _convert_id_to_token(self, i):
-            return self.characters[i]
-
-    slow = Characters(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    slow.chat_template = family("mistral").chat_template
+    slow = characters(CONVERSATIONS["mistral"][0], family("mistral").chat_template)
     assert not slow.is_fast
     (row,) = encode(ASK, slow)
 

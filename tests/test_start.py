@@ -158,14 +158,16 @@ def test_a_base_model_stops_where_its_chat_model_stops(pair, tok, tmp_path):
     model, own = load(str(pair["base"]), device="cpu")
     assert not own.chat_template and model.generation_config.eos_token_id != tok.eos_token_id
     theirs = in_chat_format(model, str(pair["chat"]))
-    assert theirs.chat_template == tok.chat_template and model.generation_config.eos_token_id == tok.eos_token_id
+    assert theirs.chat_template == tok.chat_template and model.generation_config.eos_token_id == [tok.eos_token_id]
     several = shutil.copytree(pair["chat"], tmp_path / "several")
     GenerationConfig(eos_token_id=[2, 0]).save_pretrained(several)
     in_chat_format(model, str(several))
-    assert model.generation_config.eos_token_id == [2, 0]
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == [2, 0]
     (several / "generation_config.json").unlink()
+    said = read_json(several / "config.json") | dict(eos_token_id=None)
+    (several / "config.json").write_text(json.dumps(said))
     in_chat_format(model, str(several))
-    assert model.generation_config.eos_token_id == tok.eos_token_id
+    assert model.generation_config.eos_token_id == [tok.eos_token_id]
 
 
 def test_an_adapter_that_brings_the_chat_tokenizer_stops_at_its_end(pair, tok, tmp_path):

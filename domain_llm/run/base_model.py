@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENIZERS', 'AGAIN', 'FORBIDDEN', 'installed', 'demo_converted', 'find_model', 'sizes', 'adapter_parameters',
-           'model_fits', 'tokenizer_of', 'pair_findings']
+           'model_fits', 'tokenizer_of', 'stops_of', 'pair_findings']
 
 # %% ../../nbs/95_run.base_model.ipynb #96d3f042
 import json
@@ -17,6 +17,7 @@ from ..core import InputError, cache_dir, read_json
 from ..models import DEMO_MODEL, base_of, check_template, load_tokenizer, quiet, resolve
 from .findings import error, note, warning
 from .recipe import has_conversations, training_stages
+from ..train.format import stop_tokens
 from ..train.start import check_pair
 
 # %% ../../nbs/95_run.base_model.ipynb #62bd1e72
@@ -295,6 +296,14 @@ def tokenizer_of(
 ):
     "The tokenizer of a run, with the chat template: the chat model's where the recipe names a pair."
     return load_tokenizer(cfg["chat_model"] or cfg["model"], cfg["trust_remote_code"])
+
+
+def stops_of(
+    cfg: dict,  # a checked recipe whose models are here
+):
+    "The ids of the tokens at which an answer ends: the chat model's where the recipe names a pair."
+    name = cfg["chat_model"] or cfg["model"]
+    return stop_tokens(name, find_model({**cfg, "model": name})[0])
 
 
 def pair_findings(

@@ -16,7 +16,7 @@ from ..devices import peak_memory_gb, reset_peak_memory, versions
 from . import keep
 from .findings import findings_text, refuse
 from .inputs import ROLES, demo_data, read_inputs
-from .preflight import mined_findings, preflight_of, worth
+from .preflight import mined_findings, preflight_of, shown_conversation, worth
 from .recipe import into_folder, read_recipe
 from .stages import REPORTS, identities, marks, only, stages
 
@@ -78,8 +78,13 @@ def _refuse_early(cfg, out):
 def _say(found):
     "Print findings; raise InputError when there is an error among them."
     if found:
-        print(findings_text(found).replace(f"{Path.cwd()}{os.sep}", ""), flush=True)
+        print(_from_here(findings_text(found)), flush=True)
     refuse(found)
+
+
+def _from_here(text):
+    "A text with paths below the working directory written from there."
+    return text.replace(f"{Path.cwd()}{os.sep}", "")
 
 
 def _say_mined(cfg, out):
@@ -167,12 +172,18 @@ def _shown(metrics):
 def check_run(
     path=None,  # as in `run_recipe`
     output=None,  # as in `run_recipe`
+    show: int | None = None,  # number of a conversation to print, and to do nothing else
 ):
-    "Read the data of a recipe and say what would go wrong in a run; raises InputError if it cannot start."
+    """Read the data of a recipe and say what would go wrong in a run; raises InputError if it cannot start. With `show`
+    only print a conversation as the model reads it."""
     cfg, out = opened(path, output)
     with keep.alone(out):
         cfg = prepare(cfg, out)
+        if show is not None:
+            print(_from_here(shown_conversation(cfg, out, show)))
+            return
         _refuse_early(cfg, out)
+        _show_first(cfg, out)
         models, plan = identities(cfg), stages(cfg)
         for name in ("corpus", "baseline"):
             print(f"{name}: {plan[name].work.__doc__}", flush=True)
@@ -181,6 +192,16 @@ def check_run(
                 _say_mined(cfg, out)
         _say_worth(out)
     print("the run can start; what was read and measured is kept for it")
+
+
+_SHOWN = 300  # characters of a stretch of the first conversation
+
+
+def _show_first(cfg, out):
+    "Print the first conversation, its long stretches shortened, if there is one."
+    if read_json(out / "inputs" / "instructions" / "manifest.json")["rows"]:
+        print(_from_here(shown_conversation(cfg, out, most=_SHOWN)))
+        print("('domain-llm check RECIPE --show N' prints conversation N, whole)", flush=True)
 
 
 def final_model(

@@ -174,10 +174,16 @@ def collect(
         metrics=_metrics(measured, manifests, [by[way] for way in ways], budget),
         answers=read_json(run / "answers" / "answers.json"),
         screen=read_json(run / "screen" / "screen.json") if "screen" in by else None,
+        conversation=_content(run / "sft" / "conversation.svg") if "sft" in by else None,
         checks=read_json(run / "quantize" / "checks.json") if "quantize" in by else None,
         corpus=corpus,
         histories={way: read_json(run / way / "history.json") for way in ways},
     )
+
+
+def _content(path):
+    "The text of a file, or None where there is none."
+    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def _measured(run):

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..core import atomic_dir, read_json, read_jsonl, write_json
+from ..core import atomic_dir, atomic_file, read_json, read_jsonl, write_json
 from ..data.mix import mixture, tokenize
 from ..data.select import embed, select
 from ..models import is_adapter, load, quiet
 from ..small_world import SMALL_WORLD, small_model
 from ..train.loop import add_lora, train
+from ..train.picture import picture, pieces, row_losses, shortened
 from ..train.pretrain import interpolate, make_probe, probe_texts
 from ..train.sft import SFT_DEFAULTS, encode_all
 from ..train.start import add_chat_vector, in_chat_format
@@ -121,9 +122,17 @@ def sft_stage(
     start = _start_of_sft(cfg, read, out)
     model, tok = _start(start, cfg)
     own, left_out = encode_all(read_jsonl(read["instructions"]), tok, set_["length"], "domain")
+    _draw(own[0], model, tok, out / "conversation.svg")
     rows = _repeated(own, cfg["sft"]["epochs"], cfg["seed"])
     trained = _train(Job(cfg, set_, read, out, start), model, tok, rows)
     return dict(trained, conversations=len(rows), left_out=left_out)
+
+
+def _draw(row, model, tok, path):
+    "Write the picture of a conversation, its tokens coloured by the loss before training."
+    found = shortened(pieces(row, tok, row_losses(model, row)), most=600)
+    with atomic_file(path) as f:
+        f.write(picture(found))
 
 
 def _repeated(rows, epochs, seed):
@@ -150,7 +159,7 @@ def _start_of_sft(cfg, read, out):
         _save(*load(str(before), device="cpu", trust_remote_code=trust), merged)
     return str(merged)
 
-# %% ../../nbs/96_run.training.ipynb #c164e91f
+# %% ../../nbs/96_run.training.ipynb #bcec4499
 def chat_vector_stage(
     cfg: dict,  # the settings that the stage names
     read: dict,  # name of a file -> its path

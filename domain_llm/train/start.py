@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..core import InputError, atomic_dir, read_json, refuse_existing, write_json
 from ..models import is_adapter, load, load_tokenizer, local_folder, quiet, resolve
+from .format import stop_tokens
 
 # %% ../../nbs/47_train.start.ipynb #086d28f4
 _SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "tie_word_embeddings")
@@ -197,16 +198,11 @@ def in_chat_format(
     trust_remote_code: bool = False,  # run code that comes with the chat model
 ):
     "The chat model's tokenizer, whose template the base model is to be tuned in."
-    from transformers import GenerationConfig
-
-    tok = load_tokenizer(chat, trust_remote_code)
-    try:
-        stops = GenerationConfig.from_pretrained(local_folder(chat, ["*.json"])).eos_token_id
-    except OSError:  # the file is not there
-        stops = None
+    found = described(chat, trust_remote_code)
+    stops = stop_tokens(chat, found["config"]) or [found["tok"].eos_token_id]
     for config in (model.config, model.generation_config):
-        config.eos_token_id = tok.eos_token_id if stops is None else stops
-    return tok
+        config.eos_token_id = stops
+    return found["tok"]
 
 # %% ../../nbs/47_train.start.ipynb #9d0a1b06
 def crossover(
