@@ -208,6 +208,14 @@ def _lawful(label, equal, arms):
         raise InputError(f"{label}: a law is fitted to pre-training, and the arm '{idle[0]}' has none.")
 
 
+def _base(label, said):
+    "Raise InputError for a recipe, or settings of one, that cannot be those of an experiment."
+    if not isinstance(said.get("default_recipe", ""), str):
+        raise InputError(f"{label}: 'default_recipe' is {said['default_recipe']!r}, but must be a file or small-world.")
+    for key in ("recipe", "defaults"):
+        _sections(f"{label}: '{key}:'", said.get(key))
+
+
 def read_experiment(
     name,  # one of `shipped`, or a YAML file
 ):
@@ -218,10 +226,7 @@ def read_experiment(
     _known(label, said, KEYS)
     equal, stages = said.get("equal", "tokens"), said.get("stages", ["pretrain"])
     _one_of(f"{label}: equal", equal, EQUAL)
-    if not isinstance(said.get("default_recipe", ""), str):
-        raise InputError(f"{label}: 'default_recipe' is {said['default_recipe']!r}, but must be a file or small-world.")
-    for key in ("recipe", "defaults"):
-        _sections(f"{label}: '{key}:'", said.get(key))
+    _base(label, said)
     arms = said.get("arms")
     if not isinstance(arms, dict) or len(arms) < 2:
         raise InputError(f"{label} needs 'arms:' with at least two of them, each a name and a change to the recipe.")
