@@ -47,12 +47,18 @@ def run(folder, given, out="out"):
     return folder / out
 
 
-def test_a_start_from_the_chat_model_brings_what_pretraining_changed(pair, tok, tmp_path):
-    "Here as an adapter, which is merged first; the adapter of fine-tuning belongs to the sum."
-    given = recipe(pair)
+@pytest.fixture(scope="module")
+def from_chat(pair, tmp_path_factory):
+    "A whole run, an adapter trained on the base model and then one on the chat model: its recipe, its folder."
+    given, folder = recipe(pair), tmp_path_factory.mktemp("from_chat")
     given["pretrain"]["method"] = "lora"
     given["sft"]["start"] = "chat"
-    out = run(tmp_path, given)
+    return given, run(folder, given)
+
+
+def test_a_start_from_the_chat_model_brings_what_pretraining_changed(pair, tok, from_chat):
+    "The adapter of pre-training is merged first; that of fine-tuning belongs to the sum."
+    _, out = from_chat
     assert is_sum(out / "sft" / "base", out / "pretrain" / "model", pair)
     assert read_json(final_model(out) / "adapter_config.json")["base_model_name_or_path"] == str(out / "sft" / "base")
     assert AutoTokenizer.from_pretrained(final_model(out)).chat_template == tok.chat_template
@@ -80,11 +86,9 @@ def tree(folder):
     return {p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if keep.PRIVATE not in p.parts}
 
 
-def test_killed_at_random_moments_it_ends_the_same(pair, runs, tmp_path):
-    given = recipe(pair)
-    given["sft"]["start"] = "chat"
-    whole, rng = run(tmp_path, given, "whole"), random.Random(0)
-    assert is_sum(whole / "sft" / "base", whole / "pretrain" / "model", pair)
+def test_killed_at_random_moments_it_ends_the_same(from_chat, runs, tmp_path):
+    (given, whole), rng = from_chat, random.Random(0)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(given))
     for _ in range(3):
         runs.run(tmp_path / "r.yaml", tmp_path / "cut", rng.uniform(0.5, 5))
     ended = runs.run(tmp_path / "r.yaml", tmp_path / "cut")
