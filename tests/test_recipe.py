@@ -360,6 +360,7 @@ def test_own_documents_without_exam_or_answers(tiny_folder, tmp_path):
 EXAMPLES = (
     "output",
     "model",
+    "chat_",
     "trust_remote_code",
     "data.",
     "tasks",
