@@ -16,7 +16,7 @@ from pathlib import Path
 from ..core import InputError, cache_dir, read_json
 from ..models import DEMO_MODEL, base_of, check_template, load_tokenizer, quiet, resolve
 from .findings import error, note, warning
-from .recipe import has_conversations, training_stages
+from .recipe import training_stages
 from ..train.format import stop_tokens
 from ..train.start import check_pair
 
@@ -278,16 +278,17 @@ def _kind(cfg, config):
 
 
 def _tokenizer_fits(cfg, text, tok):
-    "Findings on the tokenizer's size and, where conversations are used, on its chat template."
+    "Findings on the tokenizer's size and on its chat template, in which the sample questions are asked."
     found, name = [], cfg["chat_model"] or cfg["model"]
     if len(tok) > text.vocab_size:
         said = f"the tokenizer of {name} has {len(tok):,} tokens, but the model has rows for {text.vocab_size:,} only."
         found.append(error("model", f"{said} They do not belong together: {AGAIN[0].lower()}{AGAIN[1:]}"))
-    if has_conversations(cfg) or cfg["data"]["ask"]:
-        try:
-            check_template(tok, name)
-        except InputError as e:
-            found.append(error("model", f"{e} A base model is tuned in its chat model's: write chat_model: NAME."))
+    try:
+        check_template(tok, name)
+    except InputError as e:
+        found.append(
+            error("model", f"{e} A base model is tuned and asked in its chat model's: write chat_model: NAME.")
+        )
     return found
 
 # %% ../../nbs/95_run.base_model.ipynb #52bc7d34
