@@ -567,6 +567,13 @@ def test_small_worlds_serve_experiments_and_not_runs(tmp_path):
         read_experiment(tmp_path / "e.yaml")
 
 
+def test_an_arm_that_changes_a_small_world_needs_one(tmp_path, tiny_folder):
+    (tmp_path / "e.yaml").write_text("arms: {many: {}, one: {lab: {one_wording: true}}}")
+    cfg = check_recipe(small(tiny_folder))
+    arms, without = arms_of(tmp_path / "e.yaml", cfg, [])
+    assert list(arms) == ["many"] and "the recipe has none" in without["one"]
+
+
 def test_instructions_in_pretraining_ask_as_much_as_those_afterwards():
     "In the small world the two arms of `mip` see as many tokens, of conversations and in all, within a few per cent."
     tok = small_tokenizer()

@@ -149,8 +149,6 @@ _SHARED = {
     "data": ("documents", "questions", "general_probe", "general_questions", "ask"),
     "lab": ("entities", "wordings"),
 }  # settings that are the same in all arms
-
-
 SECTIONS = ("data", "lab", "corpus", "select", "mix", "pretrain", "sft", "evaluate", "quantize")  # of a recipe
 
 
@@ -384,6 +382,9 @@ def arm_recipes(
         if rehearsed:
             patch = {**patch, "data": {k: v for k, v in patch["data"].items() if k != "general"}}
         made = merged(cfg, patch)
+        if made["lab"] and not cfg["lab"]:
+            without[name] = "it changes a small world, and the recipe has none"
+            continue
         if "instructions" in made["mix"]["parts"] and not has_conversations(made):
             without[name] = "it mixes instructions in, and the recipe names none and no tasks"
             continue

@@ -247,7 +247,12 @@ class Recipe(Section):
 
 
 OPTIONAL = ("pretrain", "sft", "quantize")  # sections that `false` switches off
-LATER = {"chat_model": None, "chat_vector": False, "sft": {"start": "base"}}  # later settings, as they change nothing
+LATER = {
+    "chat_model": None,
+    "chat_vector": False,
+    "tasks": [],
+    "sft": {"start": "base"},
+}  # later settings, as they change nothing
 
 
 def identifying(

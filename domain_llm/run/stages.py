@@ -173,7 +173,4 @@ def marks(
     if settings.get("evaluate", {}).get("screen") is False:
         settings["evaluate"] = {**settings["evaluate"], "screen": True}
         found.append(fingerprint(name, stage.version, settings, reads))
-    if settings.get("tasks") == []:
-        del settings["tasks"]
-        found.append(fingerprint(name, stage.version, settings, reads))
     return found
