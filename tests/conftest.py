@@ -8,14 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
-from fixtures.pairs import make_pair
-
-from domain_llm.models import load, load_tokenizer, tiny
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers and what they start share the cores
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's library is imported, which happens at the first use
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Libraries read the environment as they load: PyTorch here, the hub's at the first use.
+from fixtures.pairs import make_pair  # noqa: E402
+
+from domain_llm.models import load, load_tokenizer, tiny  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -78,7 +78,7 @@ def test_an_answer_that_nobody_else_gives_otherwise_has_no_wrong_one():
 
 def test_training_goes_back_to_the_weights_that_it_started_from():
     "Interpolation asks for the weights before training: those of the run's seed."
-    before = training._weights("small-world", dict(seed=1, trust_remote_code=False))
+    before = training._weights("small-world", dict(seed=1, trust_remote_code=False, chat_model=None))
     want = dict(small_model(small_tokenizer(), 1).named_parameters())
     assert all((before[name] == want[name]).all() for name in want)
 

@@ -32,6 +32,17 @@ LONG_FUNCTIONS = {
 }
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="the tests run in one process")
+def test_a_worker_computes_as_the_processes_that_it_starts():
+    "Sums over more threads round otherwise, and more threads than cores are slow."
+    import torch
+
+    given = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.get_num_threads())"], stdout=subprocess.PIPE
+    )
+    assert torch.get_num_threads() == int(given.stdout)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path):
     "In a process of its own, with a time limit, slow and cuda cells left out."
