@@ -210,11 +210,11 @@ def crossover(
     ahead,  # what is measured of the start that leads at first, one value for each size
     behind,  # and of the other one
 ):
-    """The number of samples from which the second start is level or better, interpolated on a logarithmic scale; None
-    where that does not happen in the range, the first size where it is so from the beginning."""
+    """The number of samples at which the second start takes the lead, interpolated on a logarithmic scale; None where it
+    never leads in the range, the first size where it leads from the beginning."""
     gaps = [one - other for one, other in zip(ahead, behind, strict=True)]
     for i, gap in enumerate(gaps):
-        if gap > 0:
+        if gap >= 0:
             continue
         if i == 0:
             return float(sizes[0])
@@ -266,7 +266,10 @@ _RULE = (
     f"Practitioners tune the chat model with about {FEW:,} or fewer, and the base model with about {MANY:,} or more, "
     "since nobody outside knows the quality of the data that a chat model was tuned on."
 )
-_NO_CROSSOVER = "No published experiment was found that puts a crossover at either number."
+_NO_CROSSOVER = (
+    "No published experiment was found that puts a crossover at either number. In a small world of a million "
+    "parameters the chat model led by 32 and 12 points with 16 and 64 samples, and with 256 both knew everything."
+)
 _AGAINST_CHAT = (
     "Against the chat model: LoRA on a 4B chat model took a code score from 66.4 to 59.6, while LoRA on its base with "
     "the chat difference added afterwards (chat_vector: true) ended 10.1 points above that (Shadow-FT, arXiv "
