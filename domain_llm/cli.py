@@ -237,8 +237,8 @@ pieces; the others, which chose none, measure the saving. Nothing is trained.
   domain-llm vocab manuals/ --model Qwen/Qwen3-0.6B --count 500 --out extended/      write model and tokenizer
 
 Pieces are merges added to the tokenizer's own (byte-level BPE: SmolLM2, Qwen, Llama 3, GLM-4), so text without them
-is cut as before, and llama.cpp cuts alike. Train all weights of the result (model: extended/ and method: full in a
-recipe): a recipe's LoRA would leave the new rows as they start. In Python, add_lora(rows=...) trains them, too.
+is cut as before, and llama.cpp cuts alike. A recipe takes the folder (model: extended/) and trains all weights
+(method: full) or an adapter and the new rows (method: lora).
 Exit status 0 if every file could be read, 3 if some were skipped."""
     said = "say what new pieces for a domain's words would save and cost, before any training"
     c = _command(sub, "vocab", commands.vocab, said, more)

@@ -11,16 +11,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from domain_llm import cli
 from domain_llm.core import InputError
+from domain_llm.data.mix import tokenize
+from domain_llm.demo.world import make_world
 from domain_llm.judge.score import bits_per_byte
 from domain_llm.models import load, tiny
+from domain_llm.run.pipeline import final_model, run_recipe
 from domain_llm.ship.fidelity import PROBES
 from domain_llm.ship.gguf import _WORDS, export_gguf
 from domain_llm.ship.merge import merge
 from domain_llm.ship.serve import post, server
 from domain_llm.small_world import small_tokenizer
-from domain_llm.train.loop import add_lora
+from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora, train
 from domain_llm.train.pretrain import _scale_adapter
-from domain_llm.train.vocab import cost, extend, new_pieces, replaced, resize, saving
+from domain_llm.train.vocab import cost, extend, new_pieces, new_rows, replaced, resize, saving
 
 ENGLISH = [
     "The electrohydraulic servovalve Z-17 regulates 1450 rpm; the servovalve is flushed with <|im_end|> ISO oil.",
@@ -345,6 +348,7 @@ def test_lora_trains_the_new_rows_alone_and_survives_everywhere(make, small, tmp
     model.save_pretrained(tmp_path / "base")
     new.save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    assert new_rows(base) == rows and new_rows(make(small)) == []
     tuned = add_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), rank=2, alpha=2, rows=rows)
     ids = ids_of(new, ENGLISH[0])
     one_step(tuned, ids)
@@ -360,6 +364,8 @@ def test_lora_trains_the_new_rows_alone_and_survives_everywhere(make, small, tmp
     assert [ids_of(AutoTokenizer.from_pretrained(tmp_path / "merged"), t) for t in PROBES] == [
         ids_of(new, t) for t in PROBES
     ]
+    scores = [bits_per_byte(m, new, ENGLISH)["bpb"] for m in (tuned, merged)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
     layers = [merged.get_input_embeddings(), merged.get_output_embeddings()]
     assert (layers[0].weight is layers[1].weight) == (make is tiny)
     for layer, before in zip(layers, (base.get_input_embeddings(), base.get_output_embeddings())):
@@ -477,3 +483,45 @@ def test_what_the_command_refuses(manuals, tmp_path, capsys):
         assert cli.main(argv) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_the_training_loop_moves_the_new_rows_alone(small, tmp_path):
+    new = extend(small, new_pieces(CORPUS, small, 30))
+    model = tiny(small)
+    rows = resize(model, small, new)
+    before = model.get_input_embeddings().weight.clone()
+    read = tokenize([dict(text=text) for text in CORPUS], new, "domain", 64)
+    settings = {**TRAIN_DEFAULTS, "length": 64, "tokens_per_step": 64, "learning_rate": 1e-2, "probes": 2}
+    tuned = add_lora(model, rank=2, alpha=2, rows=rows)
+    found = train(tuned, read, tmp_path, settings, lambda m: dict(score=bits_per_byte(m, new, ENGLISH)["bpb"]))
+    scores = [entry["score"] for entry in found["history"] if "score" in entry]
+    assert scores[-1] < scores[0]
+    after = tuned.merge_and_unload().get_input_embeddings().weight
+    moved = (after != before).any(1).nonzero()[:, 0].tolist()
+    assert moved and set(moved) <= set(rows)
+
+
+def test_a_run_with_an_adapter_trains_the_new_rows(tmp_path, small):
+    new = extend(small, new_pieces([row["text"] for row in make_world(entities=8)["documents"]], small, 50))
+    model = tiny(small)
+    rows = resize(model, small, new)
+    before = model.get_input_embeddings().weight.clone()
+    model.save_pretrained(tmp_path / "longer")
+    new.save_pretrained(tmp_path / "longer")
+    sizes = dict(length=128, tokens_per_step=256, probes=1, learning_rate=3e-3, rank=4, forgetting_budget=100)
+    recipe = dict(
+        name="small",
+        demo=8,
+        model=str(tmp_path / "longer"),
+        mix=dict(parts=dict(domain=1), tokens=1500),
+        pretrain=dict(sizes, method="lora"),
+        sft=False,
+        evaluate=dict(questions=8, probe_tokens=100),
+        quantize=False,
+    )
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    run_recipe(tmp_path / "r.yaml", tmp_path / "out")
+    trained, its_tok = load(str(final_model(tmp_path / "out")), device="cpu")
+    moved = (trained.get_input_embeddings().weight != before).any(1).nonzero()[:, 0].tolist()
+    assert moved and set(moved) <= set(rows) and new_rows(trained) == rows
+    assert [ids_of(its_tok, text) for text in PROBES] == [ids_of(new, text) for text in PROBES]
