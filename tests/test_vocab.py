@@ -348,8 +348,9 @@ def test_lora_trains_the_new_rows_alone_and_survives_everywhere(make, small, tmp
     model.save_pretrained(tmp_path / "base")
     new.save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    assert new_rows(base) == rows and new_rows(make(small)) == []
-    tuned = add_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), rank=2, alpha=2, rows=rows)
+    layers = ["model.embed_tokens"] if make is tiny else ["model.embed_tokens", "lm_head"]
+    assert new_rows(base) == dict.fromkeys(layers, rows) and new_rows(make(small)) == {}
+    tuned = add_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), rank=2, alpha=2, rows=new_rows(model))
     ids = ids_of(new, ENGLISH[0])
     one_step(tuned, ids)
     tuned.eval()
@@ -378,7 +379,7 @@ def test_an_adapter_is_scaled_with_its_rows(small):
     model = tiny(small)
     rows = resize(model, small, new)
     before = model.get_input_embeddings().weight[rows].clone()
-    tuned = add_lora(model, rank=2, alpha=2, rows=rows)
+    tuned = add_lora(model, rank=2, alpha=2, rows=new_rows(model))
     one_step(tuned, ids_of(new, ENGLISH[0]))
     _scale_adapter(tuned, 0.25)
     quarter = tuned.merge_and_unload().get_input_embeddings().weight[rows] - before
@@ -492,7 +493,7 @@ def test_the_training_loop_moves_the_new_rows_alone(small, tmp_path):
     before = model.get_input_embeddings().weight.clone()
     read = tokenize([dict(text=text) for text in CORPUS], new, "domain", 64)
     settings = {**TRAIN_DEFAULTS, "length": 64, "tokens_per_step": 64, "learning_rate": 1e-2, "probes": 2}
-    tuned = add_lora(model, rank=2, alpha=2, rows=rows)
+    tuned = add_lora(model, rank=2, alpha=2, rows=new_rows(model))
     found = train(tuned, read, tmp_path, settings, lambda m: dict(score=bits_per_byte(m, new, ENGLISH)["bpb"]))
     scores = [entry["score"] for entry in found["history"] if "score" in entry]
     assert scores[-1] < scores[0]
@@ -523,5 +524,5 @@ def test_a_run_with_an_adapter_trains_the_new_rows(tmp_path, small):
     run_recipe(tmp_path / "r.yaml", tmp_path / "out")
     trained, its_tok = load(str(final_model(tmp_path / "out")), device="cpu")
     moved = (trained.get_input_embeddings().weight != before).any(1).nonzero()[:, 0].tolist()
-    assert moved and set(moved) <= set(rows) and new_rows(trained) == rows
+    assert moved and set(moved) <= set(rows) and new_rows(trained) == {"model.embed_tokens": rows}
     assert [ids_of(its_tok, text) for text in PROBES] == [ids_of(new, text) for text in PROBES]

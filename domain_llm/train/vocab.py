@@ -255,8 +255,13 @@ def resize(
 def new_rows(
     model,  # as `load` gives it
 ):
-    "The numbers of the rows that `resize` gave a model, as its configuration says; none for any other model."
-    return list(range(*getattr(model.config, "new_rows", [0])))
+    """The numbers of the rows that `resize` gave a model, as its configuration says, by the name of the layer: the
+    embedding and, unless it is tied to it, the head. Empty for any other model."""
+    rows = list(range(*getattr(model.config, "new_rows", [0])))
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = [inputs] if head is None or head.weight is inputs.weight else [inputs, head]
+    names = [name for name, layer in model.named_modules() if any(layer is one for one in layers)]
+    return {name: rows for name in names} if rows else {}
 
 
 def _check_rows(model, used):
