@@ -244,6 +244,8 @@ def vocab(a):
     if not found:
         raise InputError(f"{a.model} needs no new piece for these documents: none would save two tokens.")
     print(f"{len(read):,} documents choose the pieces, {len(held):,} others measure what they save")
+    if len(found) < counts[-1]:
+        print(f"no more than {len(found):,} pieces save two tokens each")
     print(*told(model, found, sorted({min(count, len(found)) for count in counts}), list(held["text"])), sep="\n")
     if a.out:
         path = write_extended(a.model, found, a.out, a.start, a.trust_remote_code)

@@ -161,13 +161,11 @@ def extend(
 
 def _with_spec(tok, spec):
     "The tokenizer with another tokenizer.json, made by its own class."
-    from transformers import AutoTokenizer
-
     with tempfile.TemporaryDirectory() as folder, quiet():
         tok.save_pretrained(folder)
         text = json.dumps(spec, ensure_ascii=False)
         (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
-        made = AutoTokenizer.from_pretrained(folder)
+        made = type(tok).from_pretrained(folder)
     made.name_or_path = tok.name_or_path
     return made
 
