@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORCE', 'BYTES_PER_TOKEN', 'UNITS', 'run', 'check', 'init', 'schema', 'ablate', 'tidy', 'corpus', 'mix',
-           'chat_or_base', 'questions', 'evaluate', 'chat', 'offer', 'gguf_of']
+           'chat_or_base', 'vocab', 'questions', 'evaluate', 'chat', 'offer', 'gguf_of']
 
 # %% ../nbs/98_commands.ipynb #bf2b328e
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .core import InputError, refuse_existing, write_json, write_jsonl
 from .data.clean import clean
-from .data.corpus import build_corpus, corpus_report
+from .data.corpus import build_corpus, corpus_report, hold_out
 from .data.dedup import near_duplicates
 from .data.mix import PUBLISHED, recommend_ratio
 from .data.read import faults, read_documents
@@ -24,7 +24,7 @@ from .judge.lm_eval import export_lm_eval
 from .judge.questions import exam_summary, read_questions
 from .judge.score import bits_per_byte
 from .judge.stats import paired
-from .models import load
+from .models import is_adapter, load, resolve
 from .run import experiments, keep
 from .run.pipeline import check_run, final_model, run_recipe
 from .run.recipe import init_recipe
@@ -32,7 +32,8 @@ from .run.settings import recipe_schema
 from .ship.serve import chat_in_terminal, serve
 from .train.pretrain import excerpts
 from .train.sft import read_conversations
-from .train.start import advise
+from .train.start import advise, described
+from .train.vocab import new_pieces, told, write_extended
 
 # %% ../nbs/98_commands.ipynb #de4ab771
 def run(a):
@@ -220,6 +221,36 @@ def _conversations(said):
     if number is None:
         raise InputError(f"{said} is neither a file of conversations nor a number of them. Write 5000 or 5k.")
     return int(number) or 1
+
+# %% ../nbs/98_commands.ipynb #8e6e5058
+_COUNTS, _HELD_OUT = (100, 500, 2000), 0.2  # pieces to try, share of the documents that measures
+
+
+def vocab(a):
+    "Say what new pieces would save and cost; write the model with them."
+    counts = sorted(set(a.count or _COUNTS))
+    if counts[0] < 1:
+        raise InputError(f"--count is {counts[0]}, but must be at least 1.")
+    if a.out:
+        refuse_existing(a.out)
+        if len(a.count or ()) != 1:
+            raise InputError("--out writes one model. Say with one --count how many pieces it gets.")
+    if is_adapter(resolve(a.model)):
+        raise InputError(f"{a.model} is an adapter. Merge it into its model first, and name the folder.")
+    made = build_corpus(a.documents, [])
+    read, held = hold_out(made["rows"], _HELD_OUT)
+    model = described(a.model, a.trust_remote_code)
+    found = new_pieces(read["text"], model["tok"], counts[-1])
+    if not found:
+        raise InputError(f"{a.model} needs no new piece for these documents: none would save two tokens.")
+    print(f"{len(read):,} documents choose the pieces, {len(held):,} others measure what they save")
+    if len(found) < counts[-1]:
+        print(f"no more than {len(found):,} pieces save two tokens each")
+    print(*told(model, found, sorted({min(count, len(found)) for count in counts}), list(held["text"])), sep="\n")
+    if a.out:
+        path = write_extended(a.model, found, a.out, a.start, a.trust_remote_code)
+        print(f"written: {os.path.relpath(path)}, {len(found):,} pieces ({a.start}). Train it before you use it.")
+    return 3 if faults(made["report"]["skipped"]) else 0
 
 # %% ../nbs/98_commands.ipynb #c397228f
 def questions(a):

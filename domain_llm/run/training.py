@@ -22,6 +22,7 @@ from ..train.picture import picture, pieces, row_losses, shortened
 from ..train.pretrain import interpolate, make_probe, probe_texts
 from ..train.sft import SFT_DEFAULTS, encode_all
 from ..train.start import add_chat_vector, in_chat_format
+from ..train.vocab import new_rows
 
 # %% ../../nbs/96_run.training.ipynb #44f32045
 def pretrain_stage(
@@ -221,7 +222,7 @@ def _trained(job, model, tok, rows, probe):
     folder, set_, seed = job.out / "trained", job.set_, job.cfg["seed"]
     set_seed(seed)  # a new adapter is drawn at random
     if set_["method"] == "lora":
-        model = add_lora(model, set_["rank"], set_["alpha"])
+        model = add_lora(model, set_["rank"], set_["alpha"], new_rows(model))
     if folder.exists():
         return _with_saved(model, folder, job.cfg), read_json(folder / "result.json")
     kept = job.out / "kept" if job.cfg["evaluate"]["screen"] else None

@@ -258,17 +258,16 @@ def add_lora(
     model,  # a loaded model
     rank: int = 64,  # of the update
     alpha: int = 64,  # its scale: the update is multiplied by alpha/rank
+    rows: dict = None,  # layer -> numbers of tokens whose rows are trained too, as from `vocab.new_rows`
 ):
     "The model with a LoRA adapter on every linear layer but the output head."
     from peft import LoraConfig, get_peft_model
 
     if not isinstance(rank, int) or rank < 1:
         raise InputError(f"the LoRA rank must be a whole number of at least 1, not {rank!r}.")
+    trained = dict(target_modules="all-linear", trainable_token_indices=rows or None, task_type="CAUSAL_LM")
     with quiet():
-        return get_peft_model(
-            model,
-            LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
-        )
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, **trained))
 
 # %% ../../nbs/41_train.loop.ipynb #29d73117
 def _one_device(args):

@@ -104,13 +104,17 @@ def _toward(
 
 
 def _scale_adapter(model, factor):
-    "Scale what a LoRA adapter adds to the weights, in place."
+    "Scale what a LoRA adapter adds to the weights, and how far it moved the rows of single tokens, in place."
     import torch
 
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.mul_(factor)
+            elif "trainable_tokens_delta" in name:  # which holds the rows, not their change
+                layer, _, adapter = name.rsplit(".", 2)
+                before = model.get_submodule(layer).trainable_tokens_original[adapter]
+                p.copy_(torch.lerp(before.to(p), p, factor))
 
 # %% ../../nbs/42_train.pretrain.ipynb #989a2972
 def interpolate(
