@@ -210,8 +210,8 @@ def crossover(
     ahead,  # what is measured of the start that leads at first, one value for each size
     behind,  # and of the other one
 ):
-    """The number of samples at which the second start takes the lead, interpolated on a logarithmic scale; None where it
-    never leads in the range, the first size where it leads from the beginning."""
+    """The number of samples at which the second start takes the lead, interpolated on a logarithmic scale; None where
+    it never leads in the range, the first size where it leads from the beginning."""
     gaps = [one - other for one, other in zip(ahead, behind, strict=True)]
     for i, gap in enumerate(gaps):
         if gap >= 0:
