@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from domain_llm.core import InputError, read_json
-from domain_llm.demo.facts import demo_strings
+from domain_llm.demo.facts import LANGS, demo_strings
 from domain_llm.demo.lab import as_instructions, make_lab, with_wrong_answers
 from domain_llm.models import chat, load
 from domain_llm.run import training
@@ -13,10 +13,12 @@ from domain_llm.run.pipeline import run_recipe
 from domain_llm.small_world import small_model, small_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+both = pytest.mark.parametrize("lang", LANGS)
 
 
-def test_every_document_states_the_four_facts_of_its_machine_and_no_others():
-    lab, values = make_lab(seed=3, entities=20, renderings=5), {}
+@both
+def test_every_document_states_the_four_facts_of_its_machine_and_no_others(lang):
+    lab, values = make_lab(seed=3, entities=20, renderings=5, lang=lang), {}
     for q in lab["questions"]:
         values.setdefault(q["group"], {})[q["attribute"]] = q["value"]
     assert len(values) == 20 and all(len(own) == 4 for own in values.values())
@@ -27,8 +29,9 @@ def test_every_document_states_the_four_facts_of_its_machine_and_no_others():
         assert not any(other in d["text"] for other in values if other != d["source"])
 
 
-def test_only_taught_machines_are_in_the_conversations():
-    lab = make_lab(seed=1, entities=20, renderings=1, wordings=8)
+@both
+def test_only_taught_machines_are_in_the_conversations(lang):
+    lab = make_lab(seed=1, entities=20, renderings=1, wordings=8, lang=lang)
     part = {q["group"]: q["part"] for q in lab["questions"]}
     assert Counter(part.values()) == {"taught": 10, "held-out": 10}
     text = " ".join(turn["content"] for row in lab["instructions"] for turn in row["messages"])
@@ -38,17 +41,19 @@ def test_only_taught_machines_are_in_the_conversations():
     assert len(set(asked)) == len(asked)
 
 
-def test_values_are_equally_frequent_so_that_guessing_gives_one_in_ten():
-    strings = demo_strings()["attributes"]
-    lab = make_lab(entities=100, renderings=1, wordings=1)
+@both
+def test_values_are_equally_frequent_so_that_guessing_gives_one_in_ten(lang):
+    strings = demo_strings(lang)["attributes"]
+    lab = make_lab(entities=100, renderings=1, wordings=1, lang=lang)
     for a in strings:
         counts = Counter(q["value"] for q in lab["questions"] if q["attribute"] == a)
         assert set(counts) == set(strings[a]["values"]) and max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_one_wording_gives_equal_documents_and_many_give_different_ones():
-    one = make_lab(entities=8, renderings=4, one_wording=True)["documents"]
-    many = make_lab(entities=8, renderings=4)["documents"]
+@both
+def test_one_wording_gives_equal_documents_and_many_give_different_ones(lang):
+    one = make_lab(entities=8, renderings=4, one_wording=True, lang=lang)["documents"]
+    many = make_lab(entities=8, renderings=4, lang=lang)["documents"]
     assert len({d["text"] for d in one}) == 8 and len({d["text"] for d in many}) > 24
 
 
@@ -58,8 +63,9 @@ def test_seeds_redraw_names_values_and_halves():
     assert {q["group"] for q in a["questions"]} != {q["group"] for q in b["questions"]}
 
 
-def test_wrong_answers_keep_the_form_and_are_wrong():
-    questions = make_lab(seed=2, entities=20, renderings=1)["questions"]
+@both
+def test_wrong_answers_keep_the_form_and_are_wrong(lang):
+    questions = make_lab(seed=2, entities=20, renderings=1, lang=lang)["questions"]
     wrong = with_wrong_answers(questions, seed=0)
     right = {q["question"]: q for q in questions}
     assert {w["question"] for w in wrong} == set(right)
