@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from domain_llm.core import InputError, read_json, read_jsonl
+from domain_llm.data.corpus import build_corpus
 from domain_llm.data.read import read_documents
 from domain_llm.demo.facts import LANGS, demo_strings
 from domain_llm.demo.files import spoil, write_database, write_world
@@ -302,6 +303,19 @@ def test_planted_leaks_quote_the_question(d):
     assert 0 < answered < len(d["planted"]["leaks"])
     planted = {leak["id"] for leak in d["planted"]["leaks"]}
     assert not any(q["question"] in r["text"] for r in d["documents"] if r["id"] not in planted for q in d["mcq"])
+
+
+@both
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_cleaning_finds_everything_that_was_planted(lang, seed):
+    d = make_world(seed, lang=lang)
+    kept = build_corpus(d["documents"], d["mcq"], threshold=0.7, min_chars=200)["rows"]
+    text = {r["id"]: r["text"] for r in kept}
+    assert not [pair for pair in d["planted"]["duplicates"] if set(pair) <= set(text)]
+    for leak in d["planted"]["leaks"]:
+        assert d["mcq"][leak["question"]]["question"] not in text.get(leak["id"], "")
+    planted = {leak["id"] for leak in d["planted"]["leaks"]} | {i for pair in d["planted"]["duplicates"] for i in pair}
+    assert len([r for r in d["documents"] if r["id"] not in text and r["id"] not in planted]) <= 1
 
 
 # ------------------------------------------------------------------ database

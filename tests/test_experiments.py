@@ -517,7 +517,7 @@ def test_a_small_world_is_drawn_by_the_seed_and_its_exam_too(tmp_path, monkeypat
         said = {tok.decode(row["input_ids"]) for row in trained[at + 2]}
         assert all(any(q["messages"][0]["content"] in text for text in said) for q in world["instructions"])
     assert len(trained) == 6
-    assert result["lab"] == dict(entities=8, renderings=4, wordings=3, one_wording=False)
+    assert result["lab"] == dict(entities=8, renderings=4, wordings=3, one_wording=False, lang="en")
 
 
 def test_a_small_world_has_figures_for_each_part_of_its_exam(tmp_path):
