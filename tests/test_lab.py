@@ -10,7 +10,7 @@ from domain_llm.demo.lab import as_instructions, make_lab, with_wrong_answers
 from domain_llm.models import chat, load
 from domain_llm.run import training
 from domain_llm.run.pipeline import run_recipe
-from domain_llm.small_world import small_model, small_tokenizer
+from domain_llm.small_world import SMALL_WORLDS, small_model, small_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 both = pytest.mark.parametrize("lang", LANGS)
@@ -82,10 +82,11 @@ def test_an_answer_that_nobody_else_gives_otherwise_has_no_wrong_one():
         with_wrong_answers([question])
 
 
-def test_training_goes_back_to_the_weights_that_it_started_from():
+@pytest.mark.parametrize("name", SMALL_WORLDS)
+def test_training_goes_back_to_the_weights_that_it_started_from(name):
     "Interpolation asks for the weights before training: those of the run's seed."
-    before = training._weights("small-world", dict(seed=1, trust_remote_code=False, chat_model=None))
-    want = dict(small_model(small_tokenizer(), 1).named_parameters())
+    before = training._weights(name, dict(seed=1, trust_remote_code=False, chat_model=None))
+    want = dict(small_model(small_tokenizer(SMALL_WORLDS[name]), 1).named_parameters())
     assert all((before[name] == want[name]).all() for name in want)
 
 
@@ -95,19 +96,28 @@ def test_impossible_sizes_are_refused(wrong):
         make_lab(**wrong)
 
 
-def test_the_tokenizer_is_what_its_script_makes_and_loses_nothing():
+@both
+def test_the_tokenizer_is_what_its_script_makes_and_loses_nothing(lang):
     sys.path.insert(0, str(ROOT / "tools"))
     import make_small_world
 
-    assert make_small_world.ASSET.read_text(encoding="utf-8") == make_small_world.train() + "\n"
-    tok = small_tokenizer()
+    assert make_small_world.FILES[lang].read_text(encoding="utf-8") == make_small_world.train(lang) + "\n"
+    tok = small_tokenizer(lang)
     for text in ("The Turner 66 takes corn oil.", "液压油：全角，１２３。", "a\n\tb  <x> é", "12345 kg"):
         assert tok.decode(tok(text).input_ids) == text
     assert len(tok("12345").input_ids) == 5
 
 
-def test_small_world_loads_like_any_model_and_seeds_draw_weights():
-    model, tok = load("small-world")
+def test_a_chinese_world_needs_a_third_of_the_tokens_with_its_own_tokenizer():
+    texts = [row["text"] for row in make_lab(entities=20, renderings=2, lang="zh")["documents"]]
+    en, zh = (sum(len(ids) for ids in small_tokenizer(lang)(texts).input_ids) for lang in LANGS)
+    assert 2.5 * zh < en and zh < sum(map(len, texts))
+
+
+@pytest.mark.parametrize("name", SMALL_WORLDS)
+def test_small_world_loads_like_any_model_and_seeds_draw_weights(name):
+    model, tok = load(name)
+    assert tok.get_vocab() == small_tokenizer(SMALL_WORLDS[name]).get_vocab()
     assert sum(p.numel() for p in model.parameters()) < 1_000_000
     a, b = small_model(tok, 0), small_model(tok, 1)
     same = [(x == y).all() for x, y in zip(model.parameters(), a.parameters())]
