@@ -10,7 +10,9 @@ import pytest
 
 from domain_llm.core import InputError, read_json, read_jsonl
 from domain_llm.data.corpus import build_corpus
+from domain_llm.data.density import density
 from domain_llm.data.read import read_documents
+from domain_llm.data.tasks import mined
 from domain_llm.demo.facts import LANGS, demo_strings
 from domain_llm.demo.files import spoil, write_database, write_world
 from domain_llm.demo.general import common_questions, general_instructions, general_text, python_docs
@@ -271,6 +273,21 @@ def test_density_falls_from_standard_to_news(d, lang):
     assert rate["standard"] > 1.25 * rate["book"] and rate["book"] > rate["web"] > 3 * rate["news"]
 
 
+def test_the_score_of_density_sees_that_order_too(d):
+    scores = {kind: [] for kind in ("standard", "book", "web", "news")}
+    for r in d["documents"]:
+        scores[r["kind"]].append(density(r["text"])["score"])
+    means = [sum(found) / len(found) for found in scores.values()]
+    assert means == sorted(means, reverse=True)
+
+
+def test_the_documents_give_every_fact_as_a_triple(d):
+    rows = mined(d["documents"], ["d2spo"], seed=0)
+    found = {tuple(line.split(" | ")) for r in rows for line in r["messages"][-1]["content"].splitlines()}
+    facts = {(f["entity"], f["attribute"], f["value"]) for f in d["facts"]}
+    assert facts <= found and len(found - facts) <= 2  # a copy renames an attribute
+
+
 def test_no_slot_was_left_open(d):
     texts = (
         [r["text"] for r in d["documents"]]
@@ -504,7 +521,7 @@ def test_common_questions(lang):
 
 def test_general_text_is_clean_and_split(lang):
     train, probe = general_text(lang=lang), general_text("probe", lang)
-    least = dict(en=(40_000, 5_000), zh=(3_000, 1_000))[lang]
+    least = dict(en=(40_000, 5_000), zh=(5_000, 1_000))[lang]
     assert all(sum(len(pieces(r["text"], lang)) for r in rows) > n for rows, n in zip((train, probe), least))
     texts = [r["text"] for r in train + probe]
     assert (

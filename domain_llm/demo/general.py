@@ -30,7 +30,7 @@ def common_questions(
 
 
 def general_text(
-    split: str = "train",  # "train" or "probe": in English about 80,000 and 10,000 tokens, in Chinese 7,600 and 2,600
+    split: str = "train",  # "train" or "probe": in English about 80,000 and 10,000 tokens, in Chinese 11,500 and 2,600
     lang: str = "en",  # language: "en" or "zh"
 ):
     "Document rows of general text: the English that the demo model itself wrote, the Chinese written for this project."
