@@ -157,7 +157,9 @@ effects.png (the claims) and trade.png (gain against loss)."""
     c = _command(sub, "ablate", commands.ablate, "test a rule of thumb on your documents and model", more)
     c.add_argument("experiment", help=" or ".join(known) + ", or a YAML file of your own")
     c.add_argument(
-        "--recipe", metavar="FILE", help="documents, model and settings, or small-world; the demo's when not given"
+        "--recipe",
+        metavar="FILE",
+        help="documents, model and settings, or small-world (in Chinese small-world-zh); the demo's when not given",
     )
     c.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (the experiment's own number, or 3)")
     only = "print the runs, their time and what each claim can tell; train nothing"

@@ -12,7 +12,7 @@ from pathlib import Path
 from .core import InputError, atomic_dir, cache_dir, nearest, read_json
 from .devices import default_device, half_dtype, memory_advice, out_of_memory
 from .model_errors import inside, is_hub_id, load_failed, missing_files, no_folder, tokenizer_failed
-from .small_world import SMALL_WORLD, small_world_folder
+from .small_world import SMALL_WORLDS, small_world_folder
 
 # %% ../nbs/10_models.ipynb #b1f87f11
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -57,9 +57,9 @@ def resolve(
             with quiet():
                 _convert(_demo_gguf(), folder)
         return str(folder)
-    if str(name) == SMALL_WORLD:
+    if str(name) in SMALL_WORLDS:
         with quiet():
-            return small_world_folder()
+            return small_world_folder(str(name))
     path = Path(name).expanduser()
     if path.is_dir():
         if any((path / f).exists() for f in ("config.json", "adapter_config.json")):
@@ -74,7 +74,7 @@ def resolve(
         )
     if not is_hub_id(name):
         raise InputError(
-            f"no model '{name}'{nearest(name, [DEMO_MODEL, SMALL_WORLD])}:{no_folder(path)} give a folder that "
+            f"no model '{name}'{nearest(name, [DEMO_MODEL, *SMALL_WORLDS])}:{no_folder(path)} give a folder that "
             f"exists, a hub id such as Qwen/Qwen3-0.6B, or {DEMO_MODEL}."
         )
     return str(name)

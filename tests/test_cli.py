@@ -63,6 +63,9 @@ RECIPES = {  # a recipe that is wrong, and what the message must name
     "quantization": ("demo: 8\nquantize: {types: [q3_k]}", "q8_0"),
     "seed is text": ("demo: 8\nseed: abc", "whole number"),
     "demo too small": ("demo: 1", "8 to 20000"),
+    "demo in a language that it does not have": ("demo: {lang: fr}", "'demo.lang' is 'fr', but must be en or zh"),
+    "demo is a word": ("demo: zh", "'demo.entities' is 'zh', but must be a whole number from 8"),
+    "demo with a typo": ("demo: {entitis: 8}", "did you mean 'entities'"),
     "documents missing": ("data: {documents: /no/such/folder}", "/no/such/folder"),
     "questions missing": ("demo: 8\ndata: {questions: nope.jsonl}", "nope.jsonl"),
     "nothing to train": ("demo: 8\npretrain: false\nsft: false", "nothing is left to train"),
@@ -569,6 +572,16 @@ def test_check_reads_what_the_run_then_uses(tmp_path, capsys, tiny_folder, monke
     monkeypatch.setattr(inputs, "read_documents", lambda *a, **kw: pytest.fail("read again"))
     metrics = run_recipe(tmp_path / "r.yaml")
     assert "Quantized files" not in (tmp_path / "out" / "report.html").read_text() and metrics["domain_bpb_after"]
+
+
+def test_check_of_a_chinese_demo_finds_nothing_amiss(tmp_path, capsys, tiny_folder):
+    cfg = dict(demo=dict(entities=8, lang="zh"), model=str(tiny_folder), output="out", quantize=False)
+    small = dict(length=1024, tokens_per_step=1024, probes=1)
+    cfg |= dict(pretrain=small, sft=small, evaluate=dict(probe_tokens=200, questions=10))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(cfg))
+    assert cli.main(["check", str(tmp_path / "r.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert "the run can start" in said and "warning" not in said and "error" not in said
 
 
 # Commands for what the modules know

@@ -14,7 +14,7 @@ from domain_llm.run import experiments, measuring, training
 from domain_llm.run.arms import UNITS, abouts, arm_recipes, base_recipe, read_experiment, shipped
 from domain_llm.run.forecast import ceiling, claim_lines, group_count, plan_text, run_tokens
 from domain_llm.run.recipe import check_recipe, read_recipe
-from domain_llm.small_world import small_tokenizer
+from domain_llm.small_world import SMALL_WORLDS, small_tokenizer
 from domain_llm.train.sft import encode_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -517,7 +517,7 @@ def test_a_small_world_is_drawn_by_the_seed_and_its_exam_too(tmp_path, monkeypat
         said = {tok.decode(row["input_ids"]) for row in trained[at + 2]}
         assert all(any(q["messages"][0]["content"] in text for text in said) for q in world["instructions"])
     assert len(trained) == 6
-    assert result["lab"] == dict(entities=8, renderings=4, wordings=3, one_wording=False)
+    assert result["lab"] == dict(entities=8, renderings=4, wordings=3, one_wording=False, lang="en")
 
 
 def test_a_small_world_has_figures_for_each_part_of_its_exam(tmp_path):
@@ -574,11 +574,13 @@ def test_an_arm_that_changes_a_small_world_needs_one(tmp_path, tiny_folder):
     assert list(arms) == ["many"] and "the recipe has none" in without["one"]
 
 
-def test_instructions_in_pretraining_ask_as_much_as_those_afterwards():
+@pytest.mark.parametrize("name", SMALL_WORLDS)
+def test_instructions_in_pretraining_ask_as_much_as_those_afterwards(name):
     "In the small world the two arms of `mip` see as many tokens, of conversations and in all, within a few per cent."
-    tok = small_tokenizer()
-    cfg = read_recipe("small-world")
-    world = lab_rows(0, cfg["lab"]["entities"], cfg["lab"]["renderings"])
+    tok = small_tokenizer(SMALL_WORLDS[name])
+    cfg = read_recipe(name)
+    assert cfg["lab"]["lang"] == SMALL_WORLDS[name] and cfg["model"] == name == cfg["name"]
+    world = lab_rows(0, **cfg["lab"])
     documents = sum(len(tok(row["text"]).input_ids) + 1 for row in world["documents"])
     rows, _ = encode_all(world["instructions"], tok, cfg["sft"]["length"], "instructions")
     conversations = sum(len(row["input_ids"]) for row in rows)

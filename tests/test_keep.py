@@ -21,7 +21,7 @@ from domain_llm.run.stages import REPORTS, identity, stages
 
 TINY = dict(
     name="small",
-    demo=8,
+    demo=dict(entities=8),
     model="owner/base",
     chat_model="owner/chat",
     mix=dict(parts=dict(domain=1, general=0.5, instructions=0.2)),
@@ -103,7 +103,8 @@ TABLE = {  # setting -> (another value, stages that run again)
     "sft.start": ("chat", ["sft", *AFTER_SFT]),
     "trust_remote_code": (True, ["baseline", *AFTER_PRETRAIN]),
     "seed": (1, ALL),
-    "demo": (9, ALL),
+    "demo.entities": (9, ALL),
+    "demo.lang": ("zh", ALL),
     "data.ask": (["What now?"], ["answers", "quantize", "report"]),
     "tasks": (["d2qa"], ALL),  # the fake corpus is another one as a whole
     "corpus.near_duplicate": (0.8, ALL),

@@ -5,18 +5,20 @@ from pathlib import Path
 import pytest
 
 from domain_llm.core import InputError, read_json
-from domain_llm.demo.facts import demo_strings
+from domain_llm.demo.facts import LANGS, demo_strings
 from domain_llm.demo.lab import as_instructions, make_lab, with_wrong_answers
 from domain_llm.models import chat, load
 from domain_llm.run import training
 from domain_llm.run.pipeline import run_recipe
-from domain_llm.small_world import small_model, small_tokenizer
+from domain_llm.small_world import SMALL_WORLDS, small_model, small_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+both = pytest.mark.parametrize("lang", LANGS)
 
 
-def test_every_document_states_the_four_facts_of_its_machine_and_no_others():
-    lab, values = make_lab(seed=3, entities=20, renderings=5), {}
+@both
+def test_every_document_states_the_four_facts_of_its_machine_and_no_others(lang):
+    lab, values = make_lab(seed=3, entities=20, renderings=5, lang=lang), {}
     for q in lab["questions"]:
         values.setdefault(q["group"], {})[q["attribute"]] = q["value"]
     assert len(values) == 20 and all(len(own) == 4 for own in values.values())
@@ -27,8 +29,9 @@ def test_every_document_states_the_four_facts_of_its_machine_and_no_others():
         assert not any(other in d["text"] for other in values if other != d["source"])
 
 
-def test_only_taught_machines_are_in_the_conversations():
-    lab = make_lab(seed=1, entities=20, renderings=1, wordings=8)
+@both
+def test_only_taught_machines_are_in_the_conversations(lang):
+    lab = make_lab(seed=1, entities=20, renderings=1, wordings=8, lang=lang)
     part = {q["group"]: q["part"] for q in lab["questions"]}
     assert Counter(part.values()) == {"taught": 10, "held-out": 10}
     text = " ".join(turn["content"] for row in lab["instructions"] for turn in row["messages"])
@@ -38,17 +41,19 @@ def test_only_taught_machines_are_in_the_conversations():
     assert len(set(asked)) == len(asked)
 
 
-def test_values_are_equally_frequent_so_that_guessing_gives_one_in_ten():
-    strings = demo_strings()["attributes"]
-    lab = make_lab(entities=100, renderings=1, wordings=1)
+@both
+def test_values_are_equally_frequent_so_that_guessing_gives_one_in_ten(lang):
+    strings = demo_strings(lang)["attributes"]
+    lab = make_lab(entities=100, renderings=1, wordings=1, lang=lang)
     for a in strings:
         counts = Counter(q["value"] for q in lab["questions"] if q["attribute"] == a)
         assert set(counts) == set(strings[a]["values"]) and max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_one_wording_gives_equal_documents_and_many_give_different_ones():
-    one = make_lab(entities=8, renderings=4, one_wording=True)["documents"]
-    many = make_lab(entities=8, renderings=4)["documents"]
+@both
+def test_one_wording_gives_equal_documents_and_many_give_different_ones(lang):
+    one = make_lab(entities=8, renderings=4, one_wording=True, lang=lang)["documents"]
+    many = make_lab(entities=8, renderings=4, lang=lang)["documents"]
     assert len({d["text"] for d in one}) == 8 and len({d["text"] for d in many}) > 24
 
 
@@ -58,8 +63,9 @@ def test_seeds_redraw_names_values_and_halves():
     assert {q["group"] for q in a["questions"]} != {q["group"] for q in b["questions"]}
 
 
-def test_wrong_answers_keep_the_form_and_are_wrong():
-    questions = make_lab(seed=2, entities=20, renderings=1)["questions"]
+@both
+def test_wrong_answers_keep_the_form_and_are_wrong(lang):
+    questions = make_lab(seed=2, entities=20, renderings=1, lang=lang)["questions"]
     wrong = with_wrong_answers(questions, seed=0)
     right = {q["question"]: q for q in questions}
     assert {w["question"] for w in wrong} == set(right)
@@ -76,10 +82,11 @@ def test_an_answer_that_nobody_else_gives_otherwise_has_no_wrong_one():
         with_wrong_answers([question])
 
 
-def test_training_goes_back_to_the_weights_that_it_started_from():
+@pytest.mark.parametrize("name", SMALL_WORLDS)
+def test_training_goes_back_to_the_weights_that_it_started_from(name):
     "Interpolation asks for the weights before training: those of the run's seed."
-    before = training._weights("small-world", dict(seed=1, trust_remote_code=False, chat_model=None))
-    want = dict(small_model(small_tokenizer(), 1).named_parameters())
+    before = training._weights(name, dict(seed=1, trust_remote_code=False, chat_model=None))
+    want = dict(small_model(small_tokenizer(SMALL_WORLDS[name]), 1).named_parameters())
     assert all((before[name] == want[name]).all() for name in want)
 
 
@@ -89,19 +96,28 @@ def test_impossible_sizes_are_refused(wrong):
         make_lab(**wrong)
 
 
-def test_the_tokenizer_is_what_its_script_makes_and_loses_nothing():
+@both
+def test_the_tokenizer_is_what_its_script_makes_and_loses_nothing(lang):
     sys.path.insert(0, str(ROOT / "tools"))
     import make_small_world
 
-    assert make_small_world.ASSET.read_text(encoding="utf-8") == make_small_world.train() + "\n"
-    tok = small_tokenizer()
+    assert make_small_world.FILES[lang].read_text(encoding="utf-8") == make_small_world.train(lang) + "\n"
+    tok = small_tokenizer(lang)
     for text in ("The Turner 66 takes corn oil.", "液压油：全角，１２３。", "a\n\tb  <x> é", "12345 kg"):
         assert tok.decode(tok(text).input_ids) == text
     assert len(tok("12345").input_ids) == 5
 
 
-def test_small_world_loads_like_any_model_and_seeds_draw_weights():
-    model, tok = load("small-world")
+def test_a_chinese_world_needs_a_third_of_the_tokens_with_its_own_tokenizer():
+    texts = [row["text"] for row in make_lab(entities=20, renderings=2, lang="zh")["documents"]]
+    en, zh = (sum(len(ids) for ids in small_tokenizer(lang)(texts).input_ids) for lang in LANGS)
+    assert 2.5 * zh < en and zh < sum(map(len, texts))
+
+
+@pytest.mark.parametrize("name", SMALL_WORLDS)
+def test_small_world_loads_like_any_model_and_seeds_draw_weights(name):
+    model, tok = load(name)
+    assert tok.get_vocab() == small_tokenizer(SMALL_WORLDS[name]).get_vocab()
     assert sum(p.numel() for p in model.parameters()) < 1_000_000
     a, b = small_model(tok, 0), small_model(tok, 1)
     same = [(x == y).all() for x, y in zip(model.parameters(), a.parameters())]

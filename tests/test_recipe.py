@@ -20,15 +20,17 @@ from domain_llm.data.mix import tokenize
 from domain_llm.data.read import KINDS
 from domain_llm.data.select import SCORES
 from domain_llm.data.tasks import MINED
+from domain_llm.demo.general import common_questions, general_text, python_docs
+from domain_llm.demo.world import make_world
 from domain_llm.judge.choice import multiple_choice
 from domain_llm.models import load
 from domain_llm.run import keep, training
-from domain_llm.run.inputs import corpus_stage, drawn_questions
+from domain_llm.run.inputs import ROLES, corpus_stage, demo_data, drawn_questions, read_inputs
 from domain_llm.run.measuring import load_to_measure
 from domain_llm.run.pipeline import final_model, run_recipe
 from domain_llm.run.recipe import check_recipe, init_recipe, read_recipe
 from domain_llm.run.report import write_report
-from domain_llm.run.settings import Task, recipe_schema
+from domain_llm.run.settings import Task, identifying, recipe_schema
 from domain_llm.train.loop import TRAIN_DEFAULTS
 from domain_llm.train.pretrain import interpolate
 from domain_llm.train.sft import SFT_DEFAULTS
@@ -471,6 +473,36 @@ def test_every_setting_is_described_and_has_its_trainers_default():
     for name, defaults in dict(Pretrain=TRAIN_DEFAULTS, Sft=SFT_DEFAULTS).items():
         shown = {key: setting["default"] for key, setting in schema["$defs"][name]["properties"].items()}
         assert {key: shown[key] for key in defaults} == defaults
+
+
+def test_a_demo_is_a_number_of_machines_or_a_section(tmp_path):
+    short, long = ({"demo": 8}, {"demo": {"entities": 8, "lang": "en"}})
+    assert check_recipe(short) == check_recipe(long)
+    assert check_recipe({"demo": {"lang": "zh"}})["demo"] == dict(entities=20, lang="zh")
+    assert check_recipe({"demo": None, "data": {"documents": str(tmp_path)}})["demo"] is None
+
+
+def test_the_language_of_a_small_world_is_a_setting_that_came_later():
+    known = identifying({"lab": check_recipe({"lab": {"entities": 8}})["lab"]})
+    assert known == {"lab": dict(entities=8, renderings=100, wordings=3, one_wording=False)}
+    assert identifying({"lab": check_recipe({"lab": {"lang": "zh"}})["lab"]})["lab"]["lang"] == "zh"
+
+
+def test_a_demo_brings_general_data_in_its_language(tmp_path):
+    "And the same run's folder follows when the language changes."
+    own = {}
+    for lang in ("zh", "en", "zh"):
+        cfg = demo_data(check_recipe({"demo": {"entities": 8, "lang": lang}}), tmp_path)
+        read_inputs(cfg, tmp_path)
+        own[lang] = {role: read_jsonl(tmp_path / "inputs" / role / "rows.jsonl") for role in ROLES}
+    made = make_world(entities=8, lang="zh")
+    for read, drawn in zip(own["zh"]["questions"], made["mcq"], strict=True):
+        assert {k: drawn[k] for k in read} == read and {"question", "choices", "answer"} <= set(read)
+    assert [r["messages"] for r in own["zh"]["instructions"]] == [r["messages"] for r in made["instructions"]]
+    assert own["zh"]["general"] == general_text(lang="zh")
+    assert own["zh"]["general_probe"] == general_text("probe", "zh")
+    assert own["zh"]["general_questions"] == common_questions("zh")
+    assert own["en"]["general_questions"] == common_questions() and own["en"]["general_probe"] == python_docs()
 
 
 def test_all_mistakes_are_named_at_once():

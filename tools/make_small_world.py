@@ -1,8 +1,8 @@
-"""Train the tokenizer of the small world on the made-up industry and write it into the package.
+"""Train the tokenizers of the small world on the made-up industry, one a language, and write them into the package.
 
     python tools/make_small_world.py
 
-The same demo strings give the same file; tests/test_lab.py compares.
+The same demo strings give the same files; tests/test_lab.py compares.
 """
 
 import random
@@ -14,18 +14,19 @@ from domain_llm.demo.lab import make_lab
 
 PIECES = 1024
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-ASSET = Path(__file__).resolve().parent.parent / "domain_llm" / "assets" / "small_world_tokenizer.json"
+ASSETS = Path(__file__).resolve().parent.parent / "domain_llm" / "assets"
+FILES = {"en": ASSETS / "small_world_tokenizer.json", "zh": ASSETS / "small_world_tokenizer_zh.json"}
 
 
-def texts():
+def texts(lang):
     "Documents and conversations of a world that no experiment uses."
-    lab = make_lab(seed=999, entities=200, renderings=4, wordings=8)
+    lab = make_lab(seed=999, entities=200, renderings=4, wordings=8, lang=lang)
     said = [turn["content"] for row in lab["instructions"] for turn in row["messages"]]
     return random.Random(0).sample([d["text"] for d in lab["documents"]] + said, k=len(lab["documents"]) + len(said))
 
 
-def train():
-    "The trained tokenizer as JSON text."
+def train(lang):
+    "The trained tokenizer of a language as JSON text."
     tok = Tokenizer(models.BPE())
     alone = pre_tokenizers.Digits(individual_digits=True)
     tok.pre_tokenizer = pre_tokenizers.Sequence([alone, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -36,10 +37,11 @@ def train():
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tok.train_from_iterator(texts(), trainer)
+    tok.train_from_iterator(texts(lang), trainer)
     return tok.to_str()
 
 
 if __name__ == "__main__":
-    ASSET.write_text(train() + "\n", encoding="utf-8")
-    print(f"wrote {ASSET.name}, {ASSET.stat().st_size:,} bytes")
+    for lang, path in FILES.items():
+        path.write_text(train(lang) + "\n", encoding="utf-8")
+        print(f"wrote {path.name}, {path.stat().st_size:,} bytes")

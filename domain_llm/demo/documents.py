@@ -29,7 +29,7 @@ def _standard(t, m, rng):
     said = enumerate(say(t, m, "clause", rng), 1)
     clauses = [f"2.{j} {clause}" + rng.choice(s["see"]).format(**m) for j, clause in said]
     rows = [s["row"].format(a=f["attribute"], v=f["value"], **m) for _, f in m["facts"]]
-    scope = (rng.choice(s["scope"]) + " " + rng.choice(s["read"])).format(**m).strip()
+    scope = t["join"].join([rng.choice(s["scope"]), rng.choice(s["read"])]).format(**m).strip()
     table = "\n".join([s["head"], *rows])
     parts = [scope, "\n".join(clauses), table, rng.choice(s["verify"]).format(**fill)]
     sections = [f"{heading}\n{part}" for heading, part in zip(s["h"], parts)]
@@ -42,7 +42,7 @@ def _section(t, m, rng):
     first = [rng.choice(b["intro"]).format(**m), *said[:2], rng.choice(b["filler"])]
     second = [*said[2:], rng.choice(b["close"]).format(**m)]
     note = [t["type_note"][m["t"]]] if m["i"] == 1 else []
-    return "\n\n".join(["## " + b["section"].format(**m), *note, " ".join(first), " ".join(second)])
+    return "\n\n".join(["## " + b["section"].format(**m), *note, t["join"].join(first), t["join"].join(second)])
 
 
 def _procedure(t, m, rng):
@@ -60,17 +60,18 @@ def _web(t, m, rng, said=None):
     said = said or say(t, m, "web", rng)
     chat, junk = rng.sample(w["chat"], 3), rng.sample(w["junk"], 2)
     top = [rng.choice(w[part]) for part in ("nav", "cookie", "title")]
-    middle = [f"{chat[0]} {said[0]}", *said[1:2], chat[1], *said[2:3], junk[0], *said[3:], chat[2], junk[1]]
+    middle = [t["join"].join([chat[0], said[0]]), *said[1:2], chat[1], *said[2:3], junk[0], *said[3:], chat[2], junk[1]]
     lines = [*top, *middle, rng.choice(w["foot"])]
     return "\n".join(line.format(**fill) for line in lines)
 
 
 def _news(t, m, rng, more=()):
     "A news item: nothing that a keeper could use, unless `more` brings it in."
-    w = t["news"]
-    fill = dict(m, k=rng.randrange(3, 40), q=" ".join(rng.choice(names) for names in t["people"]))
+    w, k = t["news"], rng.randrange(3, 40)
+    first, last = (rng.choice(names) for names in t["people"])
+    fill = dict(m, k=k, q=t["person"].format(first=first, middle="", last=last))
     head = rng.choice(w["head"])
-    body = " ".join([*rng.sample(w["body"], 5 - len(more)), *more])
+    body = t["join"].join([*rng.sample(w["body"], 5 - len(more)), *more])
     return f"{head}\n\n{body}".format(**fill)
 
 # %% ../../nbs/92_demo.documents.ipynb #3062fcf3
@@ -92,7 +93,7 @@ def _quote(t, m, q, answered, rng):
     else:
         end = rng.choice(s["none"])
     asked = rng.choice(s["ask"]).format(q=q["question"], k=rng.randrange(2, 30), **m)
-    return f"{asked} {end}"
+    return t["join"].join([asked, end])
 
 # %% ../../nbs/92_demo.documents.ipynb #e990edf3
 def _row(kind, text, source=None, mark=None):

@@ -6,6 +6,7 @@
 __all__ = ['write_database', 'write_world', 'spoil']
 
 # %% ../../nbs/92_demo.files.ipynb #204605fc
+import json
 import re
 import sqlite3
 import textwrap
@@ -15,6 +16,7 @@ from xml.sax.saxutils import escape
 
 from ..core import InputError, atomic_dir, refuse_existing, write_json, write_jsonl
 from .database import insert_tables
+from .facts import demo_strings
 from .general import common_questions, general_instructions, general_text, python_docs
 from .world import make_world
 
@@ -33,12 +35,12 @@ def write_database(
     return path
 
 # %% ../../nbs/92_demo.files.ipynb #9ddb72ee
-def _html(text):
+def _html(text, lang):
     "A web page with navigation, banner, script and footer around the lines of a web document."
     nav, cookie, title, *body, foot = [escape(line) for line in text.split("\n") if line.strip()]
     title, body = title.lstrip("# "), "\n".join(f"<p>{line}</p>" for line in body)
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<html lang="{lang}"><head><meta charset="utf-8"><title>{title}</title>
 <style>nav {{background: #eee}}</style><script>var visits = 1; function track() {{ visits += 1; }}</script></head>
 <body><nav>{nav}</nav><div class="banner">{cookie}</div>
 <article><h1>{title}</h1>
@@ -94,7 +96,7 @@ def _docx(path, text):
             z.writestr(zipfile.ZipInfo(name), '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n' + xml)
 
 # %% ../../nbs/92_demo.files.ipynb #c6e7f934
-def _write_documents(folder, documents):
+def _write_documents(folder, documents, lang):
     "One file per `source`: Word for the prose of the handbook, HTML for the web, Markdown and text as they are."
     by_source = {}
     for d in documents:
@@ -105,7 +107,7 @@ def _write_documents(folder, documents):
         if source.endswith(".docx"):
             _docx(path, text)
             continue
-        content = _html(text) if source.endswith(".html") else text + "\n"
+        content = _html(text, lang) if source.endswith(".html") else text + "\n"
         path.write_bytes(content.encode("utf-8"))
 
 # %% ../../nbs/92_demo.files.ipynb #0e77afb4
@@ -120,17 +122,17 @@ def _truth(demo):
     )
 
 # %% ../../nbs/92_demo.files.ipynb #fd20eebc
-def _named(demo):
+def _named(demo, lang):
     "The files of rows by the name of their path: {name: (file, rows)}."
     named = dict(
         mcq=("questions/domain_mcq.jsonl", demo["mcq"]),
         open=("questions/open.jsonl", demo["open"]),
-        common=("questions/common.jsonl", common_questions()),
-        general=("general/train.jsonl", general_text()),
-        probe=("general/probe.jsonl", general_text("probe")),
+        common=("questions/common.jsonl", common_questions(lang)),
+        general=("general/train.jsonl", general_text(lang=lang)),
+        probe=("general/probe.jsonl", general_text("probe", lang)),
         python_docs=("general/python_docs.jsonl", python_docs()),
         instructions=("instructions/domain.jsonl", demo["instructions"]),
-        general_instructions=("instructions/general.jsonl", general_instructions()),
+        general_instructions=("instructions/general.jsonl", general_instructions(lang)),
     )
     for split in ("train", "dev", "test"):
         rows = [r for r in demo["sql"] if r["split"] == split]
@@ -142,15 +144,16 @@ def write_world(
     folder,  # folder to create; it must not hold anything yet
     seed: int = 0,  # as in `make_world`
     entities: int = 20,  # as in `make_world`
+    lang: str = "en",  # as in `make_world`
 ):
     "Write the whole demo as a folder, atomically, and return its paths by name."
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and holds something, which would be lost. Choose a new folder.")
-    demo = make_world(seed, entities)
-    named = _named(demo)
+    demo = make_world(seed, entities, lang)
+    named = _named(demo, lang)
     with atomic_dir(folder) as tmp:
-        _write_documents(tmp, demo["documents"])
+        _write_documents(tmp, demo["documents"], lang)
         for name, rows in named.values():
             write_jsonl(tmp / name, rows)
         write_database(tmp / "plant.db", demo)
@@ -159,24 +162,40 @@ def write_world(
     return dict(folder=folder, docs=folder / "docs", **paths, database=folder / "plant.db", truth=folder / "truth.json")
 
 # %% ../../nbs/92_demo.files.ipynb #1b5783d2
-def _page(lines, i):
-    "The two objects of page `i`, which sets its lines in Helvetica: the page and its stream."
-    shown = " ".join("(" + re.sub(r"([()\\])", r"\\\1", line) + ") Tj T*" for line in lines)
+_FONT = dict(
+    en="<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    zh="<</Type/Font/Subtype/Type0/BaseFont/STSong-Light/Encoding/UniGB-UCS2-H/DescendantFonts[<</Type/Font"
+    "/Subtype/CIDFontType0/BaseFont/STSong-Light/CIDSystemInfo<</Registry(Adobe)/Ordering(GB1)/Supplement 2>>"
+    "/DW 1000>>]>>",
+)  # neither is embedded: PDF predefines the one font and the other's table of characters
+_WIDTH = dict(en=85, zh=42)  # characters in a line
+
+
+def _set(line, lang):
+    "A line as the text of a page: letters in brackets, Chinese characters as their numbers."
+    if lang == "zh":
+        return f"<{line.encode('utf-16-be').hex()}>"
+    return "(" + re.sub(r"([()\\])", r"\\\1", line) + ")"
+
+
+def _page(lines, i, lang):
+    "The two objects of page `i`, the page and its stream."
+    shown = " ".join(f"{_set(line, lang)} Tj T*" for line in lines)
     stream = f"BT /F1 11 Tf 14 TL 60 780 Td {shown} ET"
     frame = "<</Type/Page/Parent 2 0 R/MediaBox[0 0 595 842]/Resources<</Font<</F1 3 0 R>>>>"
     return [f"{frame}/Contents {5 + 2 * i} 0 R>>", f"<</Length {len(stream)}>>stream\n{stream}\nendstream"]
 
 # %% ../../nbs/92_demo.files.ipynb #888603c6
-def _pdf(path, pages):
+def _pdf(path, pages, lang):
     "A PDF by hand: `pages` is a list of lists of lines."
     kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(len(pages)))
     objects = [
         "<</Type/Catalog/Pages 2 0 R>>",
         f"<</Type/Pages/Count {len(pages)}/Kids[{kids}]>>",
-        "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+        _FONT[lang],
     ]
     for i, lines in enumerate(pages):
-        objects += _page(lines, i)
+        objects += _page(lines, i, lang)
     out, places = "%PDF-1.4\n", []
     for number, content in enumerate(objects, 1):
         places.append(len(out))
@@ -187,24 +206,27 @@ def _pdf(path, pages):
     path.write_bytes(out.encode("latin-1", "replace"))
 
 # %% ../../nbs/92_demo.files.ipynb #acf3f7a4
-def _wrapped(path):
-    "The lines of a text file at most 85 characters wide; an empty line stays one."
-    return [part for line in path.read_text().split("\n") for part in textwrap.wrap(line, 85) or [""]]
+def _wrapped(path, width):
+    "The lines of a text file at most `width` characters wide; an empty line stays one."
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [part for line in lines for part in textwrap.wrap(line, width) or [""]]
 
 
 def spoil(
     docs,  # the documents' folder of a written world
+    lang: str = "en",  # as in `write_world`
 ):
     "Add the standards as one PDF, a forum dump with a broken line and a file cut off in transfer, once."
+    said = demo_strings(lang)["spoiled"]
     whole = docs / "standard" / "TLS-complete.pdf"
     forum = docs / "web" / "forum.jsonl"
     annex = docs / "book" / "annex.pdf"
     for path in (whole, forum, annex):
         refuse_existing(path)
-    lines = [line for path in sorted((docs / "standard").glob("*.md")) for line in _wrapped(path)]
+    lines = [line for path in sorted((docs / "standard").glob("*.md")) for line in _wrapped(path, _WIDTH[lang])]
     starts = range(0, len(lines), 45)
-    pages = [["Series TLS, complete edition", *lines[k : k + 45], f"Page {k // 45 + 1}"] for k in starts]
-    _pdf(whole, pages)
-    question = '{"text": "Does anybody know a good primer for steel that stands in salt water?"}'
-    forum.write_text(question + '\n{"text": "cut off\n')
+    pages = [[said["edition"], *lines[k : k + 45], said["page"].format(k=k // 45 + 1)] for k in starts]
+    _pdf(whole, pages, lang)
+    whole_line = json.dumps(dict(text=said["question"]), ensure_ascii=False)
+    forum.write_text(f'{whole_line}\n{{"text": "{said["cut"]}\n', encoding="utf-8")
     annex.write_bytes(b"%PDF-1.7 and then the transfer stopped")

@@ -9,30 +9,41 @@ __all__ = ['common_questions', 'general_text', 'general_instructions', 'python_d
 import json
 
 from ..core import InputError
-from .facts import read_asset
+from .facts import known_language, read_asset
 
 # %% ../../nbs/92_demo.general.ipynb #c12715f3
+def _named(name, lang):
+    "The file of a language; the English ones have plain names."
+    known_language(lang)
+    return name if lang == "en" else f"{name.split('.')[0]}_{lang}.jsonl"
+
+
 def _rows(name):
     return [json.loads(line) for line in read_asset(name).decode("utf-8").splitlines()]
 
 
-def common_questions():
-    "Common-knowledge question rows, written by hand for this project; four choices, `group` is the topic."
-    return _rows("common.jsonl")
+def common_questions(
+    lang: str = "en",  # language: "en" or "zh"
+):
+    "Common-knowledge question rows, written for this project; four choices, `group` is the topic."
+    return _rows(_named("common.jsonl", lang))
 
 
 def general_text(
-    split: str = "train",  # "train" (about 80,000 tokens) or "probe" (about 10,000 tokens)
+    split: str = "train",  # "train" or "probe": in English about 80,000 and 10,000 tokens, in Chinese 11,500 and 2,600
+    lang: str = "en",  # language: "en" or "zh"
 ):
-    "Document rows of general text that the demo model itself wrote."
+    "Document rows of general text: the English that the demo model itself wrote, the Chinese written for this project."
     if split not in ("train", "probe"):
         raise InputError(f"general split {split!r} does not exist: choose 'train' or 'probe'.")
-    return _rows(f"general_{split}.jsonl.gz")
+    return _rows(_named(f"general_{split}.jsonl.gz", lang))
 
 
-def general_instructions():
-    "Instruction rows on general subjects, answered by the demo model itself."
-    return _rows("general_instructions.jsonl.gz")
+def general_instructions(
+    lang: str = "en",  # language: "en" or "zh"
+):
+    "Instruction rows on general subjects, answered by the demo model itself; the Chinese are written for this project."
+    return _rows(_named("general_instructions.jsonl.gz", lang))
 
 # %% ../../nbs/92_demo.general.ipynb #518882b4
 def python_docs():

@@ -18,12 +18,12 @@ _FORMS = ("clause", "step", "web")  # sentence forms of standards, procedures an
 
 def _rendering(t, m, rng):
     "The facts of a machine in sentences of one kind, in shuffled order."
-    return " ".join(say(t, m, rng.choice(_FORMS), rng))
+    return t["join"].join(say(t, m, rng.choice(_FORMS), rng))
 
 
 def _one_wording(t, m):
     "The facts of a machine, always in the same sentences and order."
-    return " ".join(t["attributes"][a]["clause"][0].format(v=f["value"], **m) for a, f in m["facts"])
+    return t["join"].join(t["attributes"][a]["clause"][0].format(v=f["value"], **m) for a, f in m["facts"])
 
 
 def _documents(t, machines, renderings, one_wording, rng):
@@ -63,13 +63,14 @@ def make_lab(
     renderings: int = 100,  # documents about each machine
     wordings: int = 3,  # wordings of each question, 8 at most
     one_wording: bool = False,  # whether all documents about a machine are the same text
+    lang: str = "en",  # language: "en" or "zh"
 ):
     """A small world as a dict: `documents` on all machines, `instructions` on the taught half, and `questions`
     {"question", "reference", "value", "attribute", "group", "part"} on all, part "taught" or "held-out"."""
     if entities < 8 or renderings < 1 or not 1 <= wordings <= 8:
         given = f"entities={entities}, renderings={renderings}, wordings={wordings}"
         raise InputError(f"no small world with {given}: at least 8 entities, 1 rendering and 1 to 8 wordings.")
-    t, rng = demo_strings(), random.Random(f"lab/{seed}")
+    t, rng = demo_strings(lang), random.Random(f"lab/{seed}")
     machines = make_machines(t, entities, rng)
     deal_values(t, machines, rng)
     make_facts(t, machines)

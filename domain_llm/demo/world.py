@@ -26,7 +26,7 @@ from domain_llm.demo.facts import (
 def make_world(
     seed: int = 0,  # another seed is another world: other names, values and wordings
     entities: int = 20,  # number of machines, 8 or more; each has four facts
-    lang: str = "en",  # language; only "en" exists
+    lang: str = "en",  # language: "en" or "zh"
 ):
     "The made-up domain as a dict of facts, documents, questions and all else; the same arguments give the same result."
     if entities < 8:

@@ -147,7 +147,7 @@ def _positive(label, value, least=None):
 _SHARED = {
     "": ("name", "output", "seed", "demo", "corpus", "evaluate", "quantize"),
     "data": ("documents", "questions", "general_probe", "general_questions", "ask"),
-    "lab": ("entities", "wordings"),
+    "lab": ("entities", "wordings", "lang"),
 }  # settings that are the same in all arms
 SECTIONS = ("data", "lab", "corpus", "select", "mix", "pretrain", "sft", "evaluate", "quantize")  # of a recipe
 

@@ -28,10 +28,19 @@ ROLES = ("documents", "general", "general_probe", "instructions", "questions", "
 _READ_VERSION = 1  # raised when reading the same files gives other rows
 
 
-def _own_rows(role):
+def _language(cfg):
+    "The language of a recipe's made-up data; that of the package's own texts where there are none."
+    made_up = cfg["demo"] or cfg["lab"] or {}
+    return made_up.get("lang", "en")
+
+
+def _own_rows(role, lang):
     "The rows that the package brings for a role: general text, a probe, common-knowledge questions, or none."
-    own = {"general": general_text, "general_probe": python_docs, "general_questions": common_questions}
-    return list(own[role]()) if role in own else []
+    if role == "general":
+        return general_text(lang=lang)
+    if role == "general_probe":
+        return python_docs() if lang == "en" else general_text("probe", lang)
+    return common_questions(lang) if role == "general_questions" else []
 
 
 def _read_role(role, paths):
@@ -43,10 +52,10 @@ def _read_role(role, paths):
     return [row for path in paths for row in read(path)], []
 
 
-def _source(role, paths):
+def _source(role, paths, lang):
     "What a role is read from, as something to hash: contents of files, names on the hub, or the package's own rows."
     if not paths:
-        return _own_rows(role)
+        return _own_rows(role, lang)
     return [Path(p) if Path(p).exists() else p for p in paths]
 
 # %% ../../nbs/96_run.inputs.ipynb #60d9ee13
@@ -55,12 +64,12 @@ def read_inputs(
     out,  # folder of the run
 ):
     "Read every file that has not been read before into inputs/ROLE of the run; gives the number of rows by role."
-    found = {}
+    found, lang = {}, _language(cfg)
     for role in ROLES:
         paths = cfg["data"][role]
-        folder, done = keep.begin(out, f"inputs/{role}", [fingerprint(_source(role, paths), _READ_VERSION)])
+        folder, done = keep.begin(out, f"inputs/{role}", [fingerprint(_source(role, paths, lang), _READ_VERSION)])
         if not done:
-            rows, skipped = _read_role(role, paths) if paths else (_own_rows(role), [])
+            rows, skipped = _read_role(role, paths) if paths else (_own_rows(role, lang), [])
             write_jsonl(folder / "rows.jsonl", rows)
             write_json(folder / "skipped.json", skipped)
             keep.finish(folder, rows=len(rows), skipped=len(skipped))
@@ -73,12 +82,12 @@ def demo_data(
     out,  # folder of the run
 ):
     "The recipe with the demo's files in place of the data that it leaves out; they are written into the run's folder."
-    seed, entities = cfg["seed"], cfg["demo"]
-    folder, done = keep.begin(out, "demo", [fingerprint(make_world(seed=seed, entities=entities))])
+    world = dict(seed=cfg["seed"], **cfg["demo"])
+    folder, done = keep.begin(out, "demo", [fingerprint(make_world(**world))])
     made = folder / "world"
     if not done:
         if not made.exists():
-            write_world(made, seed=seed, entities=entities)
+            write_world(made, **world)
         keep.finish(folder)
     own = dict(
         documents=made / "docs",

@@ -15,7 +15,7 @@ from ..core import InputError, atomic_file, nearest, refuse_existing
 from ..data.read import faults, read_documents
 from ..models import DEMO_MODEL
 from .settings import checked_settings
-from ..small_world import SMALL_WORLD
+from ..small_world import SMALL_WORLDS
 
 # %% ../../nbs/60_run.recipe.ipynb #29559c1e
 def _refuse_mistyped(key, name, full):
@@ -94,8 +94,8 @@ def _wrong_start(cfg):
         )
     if chat == cfg["model"]:
         return f"the recipe's model and chat_model are both {chat}. Name the base model under model."
-    if chat and cfg["model"] == SMALL_WORLD:
-        return f"the weights of {SMALL_WORLD} are drawn by the seed, so no chat model was made of them. Name another."
+    if chat and cfg["model"] in SMALL_WORLDS:
+        return f"the weights of {cfg['model']} are drawn by the seed, so no chat model was made of them. Name another."
     return None
 
 
@@ -144,12 +144,12 @@ def into_folder(
 
 # %% ../../nbs/60_run.recipe.ipynb #e6a70132
 def read_recipe(
-    path=None,  # a YAML file, or small-world; the demo's recipe when not given
+    path=None,  # a YAML file, small-world or small-world-zh; the demo's recipe when not given
 ):
     "Read and check a recipe. Raises InputError naming the line for YAML that cannot be read."
     import yaml
 
-    own = {"None": "demo.yaml", SMALL_WORLD: "small_world.yaml"}.get(str(path))
+    own = {"None": "demo.yaml", **{name: f"{name.replace('-', '_')}.yaml" for name in SMALL_WORLDS}}.get(str(path))
     source, path = (files("domain_llm") / "assets" / own, None) if own else (Path(path), path)
     try:
         recipe = yaml.safe_load(source.read_text(encoding="utf-8"))

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Number', 'AboveZero', 'FromZero', 'Share', 'Integer', 'Whole', 'Entities', 'Wordings', 'YesNo', 'Text', 'Texts',
            'OnePath', 'Paths', 'Source', 'Parts', 'Kind', 'Kinds', 'Way', 'Ways', 'Task', 'Tasks', 'Types', 'Method',
-           'Schedule', 'Start', 'Pretrain', 'Sft', 'OPTIONAL', 'LATER', 'Says', 'Section', 'Data', 'Corpus', 'Lab',
-           'Select', 'Mix', 'Evaluate', 'Quantize', 'Recipe', 'identifying', 'recipe_schema', 'section_of',
-           'checked_settings']
+           'Schedule', 'Start', 'Language', 'DemoOrSize', 'Pretrain', 'Sft', 'OPTIONAL', 'LATER', 'Says', 'Section',
+           'Data', 'Corpus', 'Demo', 'Lab', 'Select', 'Mix', 'Evaluate', 'Quantize', 'Recipe', 'identifying',
+           'recipe_schema', 'section_of', 'checked_settings']
 
 # %% ../../nbs/95_run.settings.ipynb #7055b652
 import re
@@ -46,6 +46,15 @@ def _from_text(value):
         return float(value)
     except ValueError:
         return value
+
+
+def _as_section(name):
+    "A section as it is, any other value as that of the setting `name` in it."
+
+    def section(value):
+        return value if value is None or isinstance(value, dict) else {name: value}
+
+    return section
 
 
 def _listed(value):
@@ -95,6 +104,7 @@ Types = Annotated[list[Literal["q8_0", "q4_0"]], Field(min_length=1), Says("a li
 Method = Annotated[Literal["full", "lora"], Says("full or lora")]
 Schedule = Annotated[Literal["cosine", "constant"], Says("cosine or constant")]
 Start = Annotated[Literal["base", "chat"], Says("base or chat")]
+Language = Annotated[Literal["en", "zh"], Says("en or zh")]
 
 # %% ../../nbs/95_run.settings.ipynb #496eadeb
 class Section(BaseModel):
@@ -116,7 +126,8 @@ class Data(Section):
     documents: Paths = Field([], description="The domain's documents: folders, files or data sets on the hub.")
     general: Paths = Field([], description="General text for replay; the package's own when not given.")
     general_probe: Paths = Field(
-        [], description="General text to measure forgetting on; Python's documentation when not given."
+        [],
+        description="General text to measure forgetting on; the package's own or Python's when not given.",
     )
     instructions: Paths = Field(
         [], description="Conversations, for fine-tuning and as a source of the mixture (JSON Lines)."
@@ -136,6 +147,18 @@ class Corpus(Section):
     held_out: Share = Field(0.1, description="Share of the documents that is kept from training, to measure on.")
 
 
+class Demo(Section):
+    "The made-up domain."
+
+    entities: Entities = Field(20, description="Machines, with four facts each.")
+    lang: Language = Field("en", description="Language of everything that it brings: English or Chinese.")
+
+
+DemoOrSize = Annotated[
+    Demo | None, BeforeValidator(_as_section("entities"), json_schema_input_type=Entities | Demo | None)
+]
+
+
 class Lab(Section):
     "A small world, drawn anew by every seed of an experiment in place of documents."
 
@@ -143,6 +166,7 @@ class Lab(Section):
     renderings: Whole = Field(100, description="Documents about each machine.")
     wordings: Wordings = Field(3, description="Wordings of each question.")
     one_wording: YesNo = Field(False, description="Tell all facts of a machine in the same words and order.")
+    lang: Language = Field("en", description="Language of its documents and questions: English or Chinese.")
 
 
 class Select(Section):
@@ -231,7 +255,7 @@ class Recipe(Section):
     )
     trust_remote_code: YesNo = Field(False, description="Run Python code that comes with the model.")
     seed: Integer = Field(0, description="Of everything that is drawn at random.")
-    demo: Entities | None = Field(None, description="Use the made-up domain with so many machines.")
+    demo: DemoOrSize = Field(None, description="Use the made-up domain; a number alone is that of its machines.")
     lab: Lab | None = Field(None, description="Use small worlds; for experiments.")
     data: Data = Field(default_factory=Data)
     tasks: Tasks = Field(
@@ -251,6 +275,7 @@ LATER = {
     "chat_model": None,
     "chat_vector": False,
     "tasks": [],
+    "lab": {"lang": "en"},
     "sft": {"start": "base"},
 }  # later settings, as they change nothing
 
@@ -310,7 +335,7 @@ def _mistake(error, given):
         return f"the recipe has an unknown setting '{full}'{nearest(name, known)}; known here: {', '.join(known)}."
     value = given
     for name in names:
-        value = value[name]
+        value = value[name] if isinstance(value, dict) else value  # `demo: 20` is short for a section
     if section is None:
         return _wrong_value(where, value, found[-1], error)
     if value is False and names:

@@ -16,7 +16,7 @@ from ..core import atomic_dir, atomic_file, read_json, read_jsonl, write_json
 from ..data.mix import mixture, tokenize
 from ..data.select import embed, select
 from ..models import is_adapter, load, quiet
-from ..small_world import SMALL_WORLD, small_model
+from ..small_world import SMALL_WORLDS, small_model
 from ..train.loop import add_lora, train
 from ..train.picture import picture, pieces, row_losses, shortened
 from ..train.pretrain import interpolate, make_probe, probe_texts
@@ -55,7 +55,7 @@ def _start(name, cfg, **kw):
     model, tok = load(name, trust_remote_code=cfg["trust_remote_code"], **kw)
     if cfg["chat_model"]:
         tok = in_chat_format(model, cfg["chat_model"], cfg["trust_remote_code"])
-    return (small_model(tok, cfg["seed"]) if name == SMALL_WORLD else model), tok
+    return (small_model(tok, cfg["seed"]) if name in SMALL_WORLDS else model), tok
 
 
 def _sources(cfg, read, docs, tok):
