@@ -334,7 +334,7 @@ def test_the_command_counts_a_file(tmp_path, capsys):
     "ahead, behind, at",
     [
         ([0.5, 0.6, 0.7], [0.3, 0.5, 0.8], 128),  # 0.1 ahead at 64, 0.1 behind at 256: half way in the logarithm
-        ([0.5, 0.6, 0.7], [0.3, 0.5, 0.7], 256),
+        ([0.5, 0.6, 0.7], [0.3, 0.5, 0.7], None),  # level is no lead
         ([0.5, 0.6, 0.7], [0.5, 0.7, 0.8], 16),
         ([0.5, 0.6, 0.7], [0.3, 0.5, 0.6], None),
     ],
