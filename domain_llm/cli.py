@@ -14,6 +14,7 @@ from . import commands
 from .core import InputError
 from .devices import MEMORY_ADVICE, out_of_memory, share_cores
 from .run.arms import abouts
+from .train.vocab import STARTS
 
 # %% ../nbs/98_cli.ipynb #46a4ef51
 EXAMPLES = """examples:
@@ -250,7 +251,7 @@ Exit status 0 if every file could be read, 3 if some were skipped."""
     c.add_argument("--count", type=int, action="append", metavar="N", help=pieces)
     c.add_argument("--out", metavar="FOLDER", help="write the model with --count pieces and its tokenizer here")
     values = "values of the new rows: mean or weighted mean of the old pieces' rows, or random (%(default)s)"
-    c.add_argument("--start", default="mean", choices=("mean", "weighted", "random"), help=values)
+    c.add_argument("--start", default="mean", choices=STARTS, help=values)
     c.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 

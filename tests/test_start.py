@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -341,3 +342,13 @@ def test_the_command_counts_a_file(tmp_path, capsys):
 )
 def test_crossovers_by_hand(ahead, behind, at):
     assert crossover([16, 64, 256], ahead, behind) == (at if at is None else pytest.approx(at))
+
+
+def test_the_advice_quotes_the_record():
+    "Its points and intervals are those of the recorded experiment."
+    claims = read_json(Path(__file__).parent.parent / "nbs" / "results" / "start.json")["claims"]
+    said = "\n".join(advise(100)["reasons"])
+    for samples in (16, 64):
+        claim = next(c for c in claims if c["text"] == f"{samples} samples teach a chat model more than its base")
+        points, low, high = (round(100 * claim[key]) for key in ("diff", "low", "high"))
+        assert f"{points} points ({low} to {high}) with {samples}" in said

@@ -287,15 +287,16 @@ def _fill(matrix, parts, used, start, sign, generator):
     "Write the rows of the new pieces."
     import torch
 
-    old = matrix[:used].float().cpu()
-    mean, spread = old.mean(0), old.std(0)
+    if start == "random":
+        old = matrix[:used].float().cpu()
+        mean, spread = old.mean(0), old.std(0)
     for number, pieces in parts.items():
         if start == "random":
             row = mean + spread * torch.randn(mean.shape, generator=generator)
         else:
             places = torch.arange(len(pieces), dtype=torch.float32)
             weights = torch.softmax(2 * sign * places * (start == "weighted"), 0)
-            row = torch.tensordot(weights, old[pieces], dims=1)
+            row = torch.tensordot(weights, matrix[pieces].float().cpu(), dims=1)
         matrix[number] = row.to(matrix)
 
 # %% ../../nbs/48_train.vocab.ipynb #7a8052f8
