@@ -21,7 +21,16 @@ from domain_llm.judge.lm_eval import export_lm_eval
 from domain_llm.judge.plots import compare_plot
 from domain_llm.judge.questions import check_questions, exam_summary, read_questions
 from domain_llm.judge.retention import retention
-from domain_llm.judge.score import _parts, _score, _takes_trees, bits_per_byte, pack_trees, tree, tree_mask
+from domain_llm.judge.score import (
+    _parts,
+    _score,
+    _takes_trees,
+    bits_per_byte,
+    pack_trees,
+    tree,
+    tree_mask,
+    value_bits,
+)
 from domain_llm.judge.screen import screen, screen_plot
 from domain_llm.judge.stats import accuracy_interval, difference, paired, ratio_interval, said_interval, wilson
 from domain_llm.models import load, load_tokenizer, tiny
@@ -74,6 +83,34 @@ def one_by_one(model, ids, start):
 
 def lm_eval_or_skip():
     pytest.importorskip("lm_eval")
+
+
+# --- bits of a value
+
+
+def test_bits_of_a_value_are_those_of_all_its_tokens(model, tok):
+    before, value = "The relief valve opens at ", "145.5 bar"
+    start, end = len(tok(before).input_ids), len(tok(before + value).input_ids)
+    assert end - start > 3
+    by_hand = -one_by_one(model, tok(before + value).input_ids, start) / math.log(2)
+    got = value_bits(
+        model, tok, [dict(before=before, value=value, group="valve"), dict(before="a b", value="c", group=2)]
+    )
+    assert got["groups"] == ["valve", 2] and got["values"][0] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_a_chinese_value_begins_at_its_first_byte(model, tok):
+    before, value = "闸门的密封材料是", "橡胶"
+    ids = tok(before + value).input_ids
+    starts = [i for i in range(len(ids)) if tok.decode(ids[:i]) == before]
+    got = value_bits(model, tok, [dict(before=before, value=value, group=0)])["values"][0]
+    assert got == pytest.approx(-one_by_one(model, ids, starts[0]) / math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("before, value", [("", "cotton"), ("The", "")])
+def test_a_fact_without_text_or_value_is_refused(model, tok, before, value):
+    with pytest.raises(InputError, match="text before its value"):
+        value_bits(model, tok, [dict(before=before, value=value, group=0)])
 
 
 # --- bits per byte

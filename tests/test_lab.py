@@ -6,7 +6,7 @@ import pytest
 
 from domain_llm.core import InputError, read_json
 from domain_llm.demo.facts import LANGS, demo_strings
-from domain_llm.demo.lab import as_instructions, make_lab, with_wrong_answers
+from domain_llm.demo.lab import as_instructions, make_lab, stated_facts, with_wrong_answers
 from domain_llm.models import chat, load
 from domain_llm.run import training
 from domain_llm.run.pipeline import run_recipe
@@ -27,6 +27,18 @@ def test_every_document_states_the_four_facts_of_its_machine_and_no_others(lang)
     for d in lab["documents"]:
         assert all(value in d["text"] for value in values[d["source"]].values())
         assert not any(other in d["text"] for other in values if other != d["source"])
+
+
+@both
+def test_stated_facts_are_values_of_the_machine_that_was_named_before(lang):
+    lab = make_lab(seed=2, entities=20, renderings=6, lang=lang)
+    values = {(q["group"], q["value"]) for q in lab["questions"]}
+    texts = {d["text"] for d in lab["documents"]}
+    facts = stated_facts(lab["documents"], lab["questions"])
+    assert len(facts) > 0.7 * 20 * 6 * 4
+    for fact in facts:
+        assert (fact["group"], fact["value"]) in values and fact["group"] in fact["before"]
+        assert any(text.startswith(fact["before"] + fact["value"]) for text in texts)
 
 
 @both
