@@ -302,18 +302,14 @@ def test_without_the_key_no_fingerprint_knows_of_it(monkeypatch):
         assert len({off[stage], on[stage], more[stage]}) == 3
 
 
-def test_an_experiment_compares_vocabularies_at_equal_characters(tmp_path):
-    (tmp_path / "pieces.yaml").write_text("""
-equal: characters
-default_recipe: small-world
-recipe: {lab: {entities: 8, renderings: 3, wordings: 1}}
-arms:
-  own: {}
-  longer: {vocab: {pieces: 50}}
-claims:
-  - {text: longer reads better, metric: domain_bpb, arm: longer, base: own, direction: less, matters: 0.02}
-""")
-    result = experiments.ablation(tmp_path / "pieces.yaml", seeds=1, output=tmp_path / "out")
+def test_the_shipped_experiment_compares_vocabularies_at_equal_characters(tmp_path):
+    lab = dict(entities=8, renderings=3, wordings=1)
+    small = dict(name="small", model="small-world", lab=lab, pretrain=SMALL, sft=False, quantize=False)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(small))
+    result = experiments.ablation("vocab", tmp_path / "r.yaml", seeds=1, output=tmp_path / "out")
     seen = [runs["0"]["domain_bpb"]["values"] for runs in result["runs"].values()]
-    assert len(seen[0]) == len(seen[1]) == 8 and seen[0] != seen[1]
-    assert result["arms"]["longer"]["vocab"] == dict(pieces=50, start="mean") and "vocab" not in result["arms"]["own"]
+    assert [len(values) for values in seen] == [8, 8, 8] and seen[0] != seen[1] != seen[2]
+    assert result["arms"]["new pieces"]["vocab"] == dict(pieces=500, start="mean")
+    assert "vocab" not in result["arms"]["own pieces"]
+    rates = [arm["pretrain"]["learning_rate"] for arm in result["arms"].values()]
+    assert rates == pytest.approx([3e-3, 3e-3, 3e-4])
