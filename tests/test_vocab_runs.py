@@ -1,6 +1,9 @@
 "Runs whose recipe has new pieces: from documents to files that plain transformers and peft load, stopped and changed."
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -313,3 +316,33 @@ def test_the_shipped_experiment_compares_vocabularies_at_equal_characters(tmp_pa
     assert "vocab" not in result["arms"]["own pieces"]
     rates = [arm["pretrain"]["learning_rate"] for arm in result["arms"].values()]
     assert rates == pytest.approx([3e-3, 3e-3, 3e-4])
+
+
+COPIES = """from transformers import LlamaConfig, LlamaForCausalLM
+import torch
+from domain_llm.devices import reset_peak_memory
+from domain_llm.train.loop import add_lora
+def held(what): return 1024 * int(next(x for x in open("/proc/self/status") if x.startswith(what)).split()[1])
+shape = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4)
+def peak(tied, rows):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=60000, tie_word_embeddings=tied, **shape))
+    layers = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
+    tuned = add_lora(model, 4, 4, dict.fromkeys(layers, rows) if rows else None)
+    ids = torch.randint(0, 60000, (1, 8))
+    reset_peak_memory()
+    before = held("VmRSS")
+    for _ in range(2):
+        tuned(input_ids=ids, labels=ids).loss.backward()
+    return held("VmHWM") - before
+for tied in (True, False):
+    print(*(peak(tied, rows) for rows in ([], list(range(59000, 60000)))))"""
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not say how much memory a process held"
+)
+def test_rows_beside_an_adapter_cost_two_copies_of_a_matrix():
+    done = subprocess.run([sys.executable, "-c", COPIES], capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines()[-2:]:
+        without, with_rows = map(float, line.split())
+        assert with_rows - without == pytest.approx(2 * 60000 * 256 * 4, rel=0.15)
