@@ -11,6 +11,7 @@ import yaml
 from fixtures.pairs import saved
 from peft import PeftModel
 from test_keep import hashes
+from test_start_runs import run
 from test_vocab import other_kinds
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,7 +22,7 @@ from domain_llm.judge.score import bits_per_byte
 from domain_llm.models import load, load_tokenizer, tiny
 from domain_llm.run import experiments, keep, training
 from domain_llm.run.base_model import adapter_parameters, sizes, sizes_of_run
-from domain_llm.run.pipeline import check_run, final_model, run_recipe
+from domain_llm.run.pipeline import check_run, final_model
 from domain_llm.run.plan import CPU, GPU, disk_parts, memory_parts
 from domain_llm.run.preflight import pieces_findings, vocab_findings
 from domain_llm.run.recipe import check_recipe
@@ -50,13 +51,6 @@ def recipe(model, **more):
         )
         | more
     )
-
-
-def run(folder, given, out="out"):
-    "Run a recipe; gives the folder of the run."
-    (folder / "r.yaml").write_text(yaml.safe_dump(given))
-    run_recipe(folder / "r.yaml", folder / out)
-    return folder / out
 
 
 @pytest.fixture(scope="module")
