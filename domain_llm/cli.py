@@ -234,7 +234,8 @@ def _vocab(sub):
 A model reads and writes in tokens, and words of a domain often fall into several. New pieces for them make texts
 shorter: faster to read and to write, and more of them fit into the context. Practitioners see no better answers for
 it, and a model must be trained before it can use them. So look first. Four fifths of the documents choose the
-pieces; the others, which chose none, measure the saving. Nothing is trained.
+pieces; the others, which chose none, measure the saving. Nothing is trained. With --speed the model also writes with
+its own pieces and with the new ones, in turn, in transformers and in llama.cpp: the largest --count is timed.
 
   domain-llm vocab manuals/ --model Qwen/Qwen3-0.6B                                  what 100, 500, 2000 would save
   domain-llm vocab manuals/ --model Qwen/Qwen3-0.6B --count 500 --out extended/      write model and tokenizer
@@ -250,6 +251,7 @@ Exit status 0 if every file could be read, 3 if some were skipped."""
     pieces = "number of new pieces (may be repeated; 100, 500 and 2,000 when not given)"
     c.add_argument("--count", type=int, action="append", metavar="N", help=pieces)
     c.add_argument("--out", metavar="FOLDER", help="write the model with --count pieces and its tokenizer here")
+    c.add_argument("--speed", action="store_true", help="time both models: characters per second")
     values = "values of the new rows: mean or weighted mean of the old pieces' rows, or random (%(default)s)"
     c.add_argument("--start", default="mean", choices=STARTS, help=values)
     c.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")

@@ -9,6 +9,7 @@ __all__ = ['FORCE', 'BYTES_PER_TOKEN', 'UNITS', 'run', 'check', 'init', 'schema'
 # %% ../nbs/98_commands.ipynb #bf2b328e
 import json
 import os
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -29,7 +30,9 @@ from .run import experiments, keep
 from .run.pipeline import check_run, final_model, run_recipe
 from .run.recipe import init_recipe
 from .run.settings import recipe_schema
+from .ship.gguf import need_packages
 from .ship.serve import chat_in_terminal, serve
+from .ship.speed import NEEDED, decoding, told_speed
 from .train.pretrain import excerpts
 from .train.sft import read_conversations
 from .train.start import advise, described
@@ -235,6 +238,8 @@ def vocab(a):
         refuse_existing(a.out)
         if len(a.count or ()) != 1:
             raise InputError("--out writes one model. Say with one --count how many pieces it gets.")
+    if a.speed:
+        need_packages(*NEEDED)
     if is_adapter(resolve(a.model)):
         raise InputError(f"{a.model} is an adapter. Merge it into its model first, and name the folder.")
     made = build_corpus(a.documents, [])
@@ -247,10 +252,20 @@ def vocab(a):
     if len(found) < counts[-1]:
         print(f"no more than {len(found):,} pieces save two tokens each")
     print(*told(model, found, sorted({min(count, len(found)) for count in counts}), list(held["text"])), sep="\n")
-    if a.out:
-        path = write_extended(a.model, found, a.out, a.start, a.trust_remote_code)
-        print(f"written: {os.path.relpath(path)}, {len(found):,} pieces ({a.start}). Train it before you use it.")
+    if a.out or a.speed:
+        _write(a, found, list(held["text"]))
     return 3 if faults(made["report"]["skipped"]) else 0
+
+
+def _write(a, pieces, held):
+    "Write the model with its pieces, into --out if that is given; with --speed say how fast it writes."
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_extended(a.model, pieces, a.out or Path(folder) / "model", a.start, a.trust_remote_code)
+        if a.speed:
+            print(f"decoding with {len(pieces):,} pieces, the two models in turn, for text such as the held-out:")
+            print(*told_speed(decoding(a.model, path, held, trust_remote_code=a.trust_remote_code)), sep="\n")
+    if a.out:
+        print(f"written: {os.path.relpath(path)}, {len(pieces):,} pieces ({a.start}). Train it before you use it.")
 
 # %% ../nbs/98_commands.ipynb #c397228f
 def questions(a):

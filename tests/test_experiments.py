@@ -313,7 +313,7 @@ def test_help_names_every_experiment():
     for name, about in abouts().items():
         assert name in said and about in said
         assert read_experiment(name)["about"] == about
-    assert set(abouts()) == set(shipped()) == {*TABLE, "mip", "start"} and len(UNITS) == 7
+    assert set(abouts()) == set(shipped()) == {*TABLE, "mip", "start", "vocab"} and len(UNITS) == 7
 
 
 @pytest.mark.parametrize(

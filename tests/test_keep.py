@@ -38,6 +38,7 @@ def hashes(folder):
 MADE = {  # what each stage leaves behind, as far as later stages read it
     "corpus": ("documents.jsonl", "held_out.jsonl", "general.jsonl", "instructions.jsonl"),
     "baseline": ("measured.json",),
+    "vocab": ("vocab.json", "model/weights"),
     "pretrain": ("model/weights", "history.json", "kept/step-1/weights"),
     "sft": ("model/weights", "kept/step-1/weights"),
     "chat_vector": ("model/weights",),
@@ -110,6 +111,8 @@ TABLE = {  # setting -> (another value, stages that run again)
     "corpus.near_duplicate": (0.8, ALL),
     "corpus.min_chars": (100, ALL),
     "corpus.held_out": (0.2, ALL),
+    "vocab.pieces": (100, ["vocab", *AFTER_PRETRAIN]),
+    "vocab.start": ("weighted", ["vocab", *AFTER_PRETRAIN]),
     **{f"select.{k}": (v, AFTER_PRETRAIN) for k, v in dict(tokens=1000, by="prior", kinds=["web"], near=0.5).items()},
     "mix.parts": ({"domain": 1, "general": 2, "instructions": 0.2}, AFTER_PRETRAIN),
     **{f"mix.{k}": (v, AFTER_PRETRAIN) for k, v in dict(epochs=2, tokens=5000, max_epochs=9).items()},

@@ -1,6 +1,7 @@
 "Vocabulary expansion against hand-computed merges, the tokenizers library, plain transformers and peft, and llama.cpp."
 
 import json
+import math
 import random
 from collections import Counter
 
@@ -20,6 +21,7 @@ from domain_llm.ship.fidelity import PROBES
 from domain_llm.ship.gguf import _WORDS, export_gguf
 from domain_llm.ship.merge import merge
 from domain_llm.ship.serve import post, server
+from domain_llm.ship.speed import compared, turns
 from domain_llm.small_world import small_tokenizer
 from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora, train
 from domain_llm.train.pretrain import _scale_adapter
@@ -526,3 +528,45 @@ def test_a_run_with_an_adapter_trains_the_new_rows(tmp_path, small):
     moved = (trained.get_input_embeddings().weight != before).any(1).nonzero()[:, 0].tolist()
     assert moved and set(moved) <= set(rows) and new_rows(trained) == {"model.embed_tokens": rows}
     assert [ids_of(its_tok, text) for text in PROBES] == [ids_of(new, text) for text in PROBES]
+
+
+def test_speeds_by_hand():
+    "Twice the characters per token at 1.5 times the seconds is 4/3 of the speed; the interval is that of the turns."
+    seconds = [(0.10, 0.15), (0.30, 0.45), (0.20, 0.33)]  # ratios 1.5, 1.5, 1.65
+    found = dict(before=dict(characters_per_token=2.0), after=dict(characters_per_token=4.0))
+    made = compared(seconds, found | dict(saved=dict(value=0.5, low=0.5, high=0.5)))
+    logs = torch.tensor([-1.5, -1.5, -1.65]).abs().log()
+    assert made["ratio"] == pytest.approx(2 / logs.mean().exp().item())
+    half = 4.302653 * logs.std().item() / 3**0.5  # t of two degrees of freedom
+    assert [made["low"], made["high"]] == pytest.approx(
+        [made["ratio"] / math.exp(half), made["ratio"] * math.exp(half)]
+    )
+    assert made["before"] == pytest.approx(2 / (0.1 * 0.3 * 0.2) ** (1 / 3))
+    wider = compared(seconds, found | dict(saved=dict(value=0.5, low=0.4, high=0.6)))
+    assert wider["low"] < made["low"] and wider["high"] > made["high"] and wider["ratio"] == made["ratio"]
+
+
+def test_a_model_that_is_twice_as_slow_is_found_to_be_so():
+    "The second of two turns does the first's work twice."
+    rng, asked = random.Random(0), []
+
+    def spend(seconds):
+        asked.append(seconds)
+        return seconds * math.exp(rng.gauss(0, 0.1))
+
+    pairs = turns(lambda: spend(1.0), lambda: spend(2.0), 20)
+    assert len(pairs) == 20 and asked == [1, 2, *([1, 2, 2, 1] * 10)]
+    same = dict(before=dict(characters_per_token=3.0), after=dict(characters_per_token=3.0))
+    found = compared(pairs, same | dict(saved=dict(value=0.0, low=0.0, high=0.0)))
+    assert found["low"] < 0.5 < found["high"] and found["high"] - found["low"] < 0.15
+
+
+def test_the_command_times_both_models(manuals, tmp_path, capsys):
+    pytest.importorskip("xllamacpp")
+    assert cli.main(["vocab", str(manuals), "--model", "small-world", "--count", "12", "--speed"]) == 0
+    said = capsys.readouterr().out
+    assert "decoding with 12 pieces, the two models in turn" in said
+    for program in ("transformers: ", "llama.cpp, q8_0: "):
+        (line,) = [line for line in said.splitlines() if line.startswith(program)]
+        assert "characters per second, extended" in line and "times as fast (95% interval" in line
+    assert "written" not in said

@@ -149,7 +149,7 @@ _SHARED = {
     "data": ("documents", "questions", "general_probe", "general_questions", "ask"),
     "lab": ("entities", "wordings", "lang"),
 }  # settings that are the same in all arms
-SECTIONS = ("data", "lab", "corpus", "select", "mix", "pretrain", "sft", "evaluate", "quantize")  # of a recipe
+SECTIONS = ("data", "lab", "corpus", "vocab", "select", "mix", "pretrain", "sft", "evaluate", "quantize")  # of a recipe
 
 
 def _sections(label, patch):

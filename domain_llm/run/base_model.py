@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TOKENIZERS', 'AGAIN', 'FORBIDDEN', 'installed', 'demo_converted', 'find_model', 'sizes', 'adapter_parameters',
-           'model_fits', 'tokenizer_of', 'stops_of', 'pair_findings']
+           'sizes_of_run', 'pieces_cost', 'model_fits', 'tokenizer_of', 'stops_of', 'pair_findings']
 
 # %% ../../nbs/95_run.base_model.ipynb #96d3f042
+import copy
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from .findings import error, note, warning
 from .recipe import training_stages
 from ..train.format import stop_tokens
 from ..train.start import check_pair
+from ..train.vocab import cost
 
 # %% ../../nbs/95_run.base_model.ipynb #62bd1e72
 def installed(module):
@@ -244,8 +246,33 @@ def adapter_parameters(
     size: dict,  # from `sizes`
     rank: int,  # of the LoRA update
 ):
-    "The number of parameters of a LoRA adapter on every linear layer but the head."
-    return rank * sum(inputs + outputs for inputs, outputs in size["matrices"])
+    "The number of parameters of a LoRA adapter on every linear layer but the head, and of the rows of new pieces."
+    return rank * sum(inputs + outputs for inputs, outputs in size["matrices"]) + size.get("new", 0)
+
+
+def sizes_of_run(
+    cfg: dict,  # a checked recipe
+    config,  # from `find_model`
+    tok,  # the model's tokenizer
+):
+    """`sizes` of the model that a recipe trains. With new pieces, as many as it allows, also the numbers in their rows
+    (`new`) and those that training them beside an adapter copies in every step (`copied`)."""
+    if not cfg["vocab"]:
+        return sizes(config, cfg["trust_remote_code"])
+    longer = copy.deepcopy(config)
+    text, found = longer.get_text_config(), pieces_cost(cfg, config, tok)
+    text.vocab_size += found["rows"]
+    copied = 2 * text.vocab_size * text.hidden_size  # peft writes a whole matrix for the embedding and one for the head
+    return sizes(longer, cfg["trust_remote_code"]) | dict(new=found["trained"], copied=copied)
+
+
+def pieces_cost(
+    cfg: dict,  # a checked recipe with `vocab`
+    config,  # from `find_model`
+    tok,  # the model's tokenizer
+):
+    "What the recipe's new pieces cost, as from `vocab.cost`."
+    return cost(config, max(tok.get_vocab().values()) + 1, cfg["vocab"]["pieces"])
 
 # %% ../../nbs/95_run.base_model.ipynb #6b9847e2
 def model_fits(

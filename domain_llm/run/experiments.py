@@ -67,7 +67,7 @@ def _exam(cfg, out):
     return found
 
 # %% ../../nbs/65_run.experiments.ipynb #e7806305
-_SETTINGS = ("model", "chat_model", "chat_vector", "trust_remote_code", "select", "mix", "evaluate")
+_SETTINGS = ("model", "chat_model", "chat_vector", "trust_remote_code", "vocab", "select", "mix", "evaluate")
 
 
 def _mark(arm, cfg, out, measured):
@@ -260,7 +260,7 @@ def _origin(cfg):
 def _settings(arm):
     "What a result says of an arm."
     names = ["mix", "select", "pretrain", *(["sft"] if "sft" in arm["stages"] else [])]
-    names += [name for name in ("tasks", "chat_vector") if arm["recipe"][name]]
+    names += [name for name in ("tasks", "vocab", "chat_vector") if arm["recipe"][name]]
     return {name: arm["recipe"][name] for name in names}
 
 # %% ../../nbs/65_run.experiments.ipynb #42f2aa18

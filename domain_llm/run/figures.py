@@ -60,10 +60,11 @@ SOURCES = dict(loss_domain=BLUE, loss_general=ORANGE, loss_instructions=GREEN)
 
 def plot_curves(
     stages: dict,  # stage -> history, as from `loop.train`
+    first: dict | None = None,  # the probes of the base model; those with which the first history begins when not given
 ):
     "Learning and forgetting while training: the probes, as change against the base model, and the loss per source."
     fig, (left, right) = _axes(9, 2.9, 2)
-    first, at = _start(stages), 0
+    first, at = first or _start(stages), 0
     for line, (stage, history) in zip(("-", "--"), stages.items()):
         _probe_lines(left, history, first, at)
         _loss_lines(right, stage, history, at, line)
@@ -103,13 +104,14 @@ def _loss_lines(ax, stage, history, at, line):
 # %% ../../nbs/97_run.figures.ipynb #7b702c23
 def plot_interpolation(
     stages: dict,  # stage -> history with the points of `pretrain.interpolate`
+    first: dict | None = None,  # as in `plot_curves`
 ):
     "Learning against forgetting for each share of the change that was tried; None where no weights were moved back."
     tried = {stage: [point for point in history if "share" in point] for stage, history in stages.items()}
     tried = {stage: points for stage, points in tried.items() if len(points) > 1}
     if not tried:
         return None
-    first = _start(stages)
+    first = first or _start(stages)
     fig, (ax,) = _axes(6.5, 3.4)
     for (stage, points), colour in zip(tried.items(), (BLUE, GREEN)):
         _way_back(ax, stage, points, first, colour)

@@ -19,7 +19,7 @@ from ..judge.screen import screen
 from ..judge.stats import difference
 from ..models import chat, load
 from .inputs import drawn_questions
-from .training import kept_path, texts_of
+from .training import kept_path, of_run, texts_of
 from ..ship.fidelity import compare_with_original
 from ..ship.gguf import export_gguf
 from ..ship.serve import complete
@@ -104,7 +104,7 @@ def load_to_measure(
     """The model, in bfloat16 where the processor computes in it (half the memory, about twice the speed), and its
     tokenizer, or that of the recipe's chat model."""
     model, tok = load(name, dtype=half_dtype(default_device()), trust_remote_code=cfg["trust_remote_code"])
-    if cfg.get("chat_model"):
+    if cfg.get("chat_model") and not of_run(name, cfg):
         tok = in_chat_format(model, cfg["chat_model"], cfg["trust_remote_code"])
     return model, tok
 

@@ -71,6 +71,8 @@ def disk_parts(
     half = device["half"]
     weights = size["parameters"] * (4 if device["kind"] == "cpu" else half)
     now = dict.fromkeys(DISK_PARTS, 0) | {"the rest": OTHER}
+    if cfg.get("vocab"):
+        now = {**now, "final models": weights}
     moments = [now]
     for stage in training_stages(cfg):
         set_, trained = cfg[stage], trained_parameters(cfg[stage], size)
@@ -114,7 +116,7 @@ def free_disk(
 ):
     "Bytes that a run can use: what is free on the disk of `out`, and what its stages have written there already."
     folder = Path(out).expanduser().resolve()
-    stages = [folder / stage for stage in ("pretrain", "sft", "chat_vector", "quantize")]
+    stages = [folder / stage for stage in ("vocab", "pretrain", "sft", "chat_vector", "quantize")]
     written = sum(p.stat().st_size for stage in stages for p in stage.rglob("*") if p.is_file())
     while not folder.exists():
         folder = folder.parent
@@ -149,6 +151,7 @@ def memory_parts(
     activations = 2.7 * n * sum(inputs + outputs for inputs, outputs in size["matrices"])
     if cpu and n <= 1024:
         activations += 4.5 * n * n * size["heads"] * size["layers"]
+    copied = 0 if full else half * size.get("copied", 0)
     wide = 1 if half == 2 else 1.56  # not twice: 32-bit norms and softmax are kept in 16-bit training as well
     return {
         "weights": half * trained if full else frozen * size["parameters"] + 4 * trained,
@@ -156,6 +159,7 @@ def memory_parts(
         "masters and moments": trained * (4 + 8),
         "activations": activations * wide,
         "logits": n * size["vocabulary"] * (3 * half if full or half == 4 else 14),
+        **({"copies of the embedding": copied} if copied else {}),
         "Python and PyTorch": PROGRAM,
     }
 
@@ -206,7 +210,7 @@ def _container_memory(
     return int(limit) - int(used) if limit.isdigit() else math.inf
 
 # %% ../../nbs/63_run.plan.ipynb #b081d0a7
-COLOURS = ("#1565c0", "#d84315", "#2e7d32", "#9e9e9e", "#6a1b9a", "#5d4037")
+COLOURS = ("#1565c0", "#d84315", "#2e7d32", "#9e9e9e", "#6a1b9a", "#5d4037", "#00838f")
 
 
 def plot_parts(

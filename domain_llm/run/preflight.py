@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['USUAL_RATES', 'GGUF_MODULES', 'INSTEAD', 'UNTOLD', 'SAMPLE', 'settings_findings', 'extras_findings',
            'conversation_findings', 'shown_conversation', 'screening_findings', 'worth', 'start_findings',
-           'preflight_of', 'mined_findings']
+           'vocab_findings', 'pieces_findings', 'preflight_of', 'mined_findings']
 
 # %% ../../nbs/62_run.preflight.ipynb #70fb9b2a
 import math
 from pathlib import Path
 
 from ..core import InputError, read_json, read_jsonl
+from ..judge.stats import said_interval
 from ..models import DEMO_MODEL
 from domain_llm.run.base_model import (
     demo_converted,
@@ -19,17 +20,20 @@ from domain_llm.run.base_model import (
     installed,
     model_fits,
     pair_findings,
-    sizes,
+    pieces_cost,
+    sizes_of_run,
     stops_of,
     tokenizer_of,
 )
 from .findings import error, note, warning
 from .plan import disk_findings, free_disk, memory_findings, this_device
 from .recipe import training_stages
+from .training import pieces_of
 from ..train.format import format_findings
 from ..train.picture import bracketed, pieces, shortened
 from ..train.sft import by_reason, encode, rows_or_fault
 from ..train.start import advise
+from ..train.vocab import bpe_spec, extend, saving
 
 # %% ../../nbs/62_run.preflight.ipynb #11e3abfd
 USUAL_RATES = {"full": (2e-6, 2e-3), "lora": (5e-5, 1e-2)}  # learning rates outside teach nothing or destroy the model
@@ -246,6 +250,41 @@ def start_findings(
     said = f"fine-tuning on {conversations:,} conversations starts from {start}; the practitioners' rule {says[rule]}."
     return [note("start", f"{said} 'domain-llm chat-or-base {conversations}' says what the rule rests on.")]
 
+# %% ../../nbs/62_run.preflight.ipynb #d6bc17ea
+def vocab_findings(
+    cfg: dict,  # a checked recipe
+    config,  # of its model, from `find_model`
+    tok,  # the model's tokenizer
+):
+    "A note on what the recipe's new pieces cost, or an error where the tokenizer cannot be extended."
+    if not cfg["vocab"]:
+        return []
+    try:
+        bpe_spec(tok, f"the tokenizer of {cfg['model']}")
+    except InputError as e:
+        return [error("vocab", f"{e} Take the recipe's line 'vocab:' out, or name another model.")]
+    found, pieces = pieces_cost(cfg, config, tok), cfg["vocab"]["pieces"]
+    grown = f"{found['rows']:,} more rows, {found['memory'] / 1e6:,.1f} MB in 16 bits"
+    said = f"at most {pieces:,} new pieces: {grown}, {found['trained']:,} numbers to learn anew"
+    return [note("vocab", f"{said}. They are chosen from the training documents.")]
+
+
+def pieces_findings(
+    cfg: dict,  # a checked recipe with `vocab`
+    out: Path,  # folder of the run, its corpus made
+):
+    "A note on how many tokens the recipe's new pieces save, on documents that chose none of them."
+    tok, corpus = tokenizer_of(cfg), out / "corpus"
+    try:
+        found = pieces_of(cfg, corpus / "documents.jsonl", tok)
+    except InputError as e:
+        return [error("vocab", str(e))]
+    held_out = [row["text"] for row in read_jsonl(corpus / "held_out.jsonl")]
+    saved = saving(held_out, tok, extend(tok, found))["saved"]
+    span = said_interval(saved["low"], saved["high"], ".1%")
+    said = f"{len(found):,} new pieces: held-out documents take {saved['value']:.1%} fewer tokens ({span})"
+    return [note("vocab", f"{said}, and training on the documents has about as many fewer to go through.")]
+
 # %% ../../nbs/62_run.preflight.ipynb #ed637391
 def preflight_of(
     cfg: dict,  # a checked recipe, its data in place
@@ -261,8 +300,8 @@ def preflight_of(
     if config is None or any(f["level"] == "error" for f in said):
         return found
     tok = tokenizer_of(cfg)
-    found += model_fits(cfg, config, tok)
-    size, device = sizes(config, cfg["trust_remote_code"]), this_device()
+    found += model_fits(cfg, config, tok) + vocab_findings(cfg, config, tok)
+    size, device = sizes_of_run(cfg, config, tok), this_device()
     found += disk_findings(cfg, size, free_disk(cfg["output"]), device) + memory_findings(cfg, size, device)
     rows = read_jsonl(out / "inputs" / "instructions" / "rows.jsonl")
     found += start_findings(cfg, len(rows), size, device)

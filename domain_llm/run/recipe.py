@@ -92,6 +92,11 @@ def _wrong_start(cfg):
         return (
             "the recipe's sft.start is chat, but there is no fine-tuning: data.instructions is empty, and so is tasks."
         )
+    if cfg["vocab"] and (from_chat or cfg["chat_vector"]):
+        return (
+            f"the recipe's vocab gives model rows that chat_model does not have, and {use}, which needs both alike. "
+            "Take one of the two lines out."
+        )
     if chat == cfg["model"]:
         return f"the recipe's model and chat_model are both {chat}. Name the base model under model."
     if chat and cfg["model"] in SMALL_WORLDS:
@@ -111,7 +116,8 @@ def model_stages(
     cfg: dict,  # a checked recipe
 ):
     "The names of the stages that make a model, in order; the last one's is the model of the run."
-    return [*training_stages(cfg), *(["chat_vector"] if cfg["chat_vector"] else [])]
+    before, after = ([name] if cfg[name] else [] for name in ("vocab", "chat_vector"))
+    return [*before, *training_stages(cfg), *after]
 
 # %% ../../nbs/60_run.recipe.ipynb #d54dd7d7
 def check_recipe(

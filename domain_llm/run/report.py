@@ -177,6 +177,7 @@ def collect(
         conversation=_content(run / "sft" / "conversation.svg") if "sft" in by else None,
         checks=read_json(run / "quantize" / "checks.json") if "quantize" in by else None,
         corpus=corpus,
+        vocab=read_json(run / "vocab" / "vocab.json") if "vocab" in by else None,
         histories={way: read_json(run / way / "history.json") for way in ways},
     )
 
@@ -218,11 +219,12 @@ def _filled(name, values):
 # %% ../../nbs/97_run.report.ipynb #d5ae4e56
 def _drawn(found):
     "The figures of a report, as inline SVG."
+    first = found["vocab"]["before"] if found["vocab"] else None
     figures = dict(
         change=plot_change(found["before"], found["after"]),
-        curves=plot_curves(found["histories"]),
+        curves=plot_curves(found["histories"], first),
         corpus=plot_corpus(found["corpus"]),
-        interpolation=plot_interpolation(found["histories"]),
+        interpolation=plot_interpolation(found["histories"], first),
         screen=screen_plot(found["screen"]) if found["screen"] else None,
     )
     return {name: _svg(fig) for name, fig in figures.items() if fig}

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Number', 'AboveZero', 'FromZero', 'Share', 'Integer', 'Whole', 'Entities', 'Wordings', 'YesNo', 'Text', 'Texts',
            'OnePath', 'Paths', 'Source', 'Parts', 'Kind', 'Kinds', 'Way', 'Ways', 'Task', 'Tasks', 'Types', 'Method',
-           'Schedule', 'Start', 'Language', 'DemoOrSize', 'Pretrain', 'Sft', 'OPTIONAL', 'LATER', 'Says', 'Section',
-           'Data', 'Corpus', 'Demo', 'Lab', 'Select', 'Mix', 'Evaluate', 'Quantize', 'Recipe', 'identifying',
-           'recipe_schema', 'section_of', 'checked_settings']
+           'Schedule', 'Start', 'Language', 'NewRows', 'DemoOrSize', 'Pretrain', 'Sft', 'OPTIONAL', 'LATER', 'Says',
+           'Section', 'Data', 'Corpus', 'Demo', 'Lab', 'Vocab', 'Select', 'Mix', 'Evaluate', 'Quantize', 'Recipe',
+           'identifying', 'recipe_schema', 'section_of', 'checked_settings']
 
 # %% ../../nbs/95_run.settings.ipynb #7055b652
 import re
@@ -29,6 +29,7 @@ from ..core import InputError, nearest
 from ..models import DEMO_MODEL
 from ..train.loop import TRAIN_DEFAULTS
 from ..train.sft import SFT_DEFAULTS
+from ..train.vocab import STARTS
 
 # %% ../../nbs/95_run.settings.ipynb #46131e5a
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ Method = Annotated[Literal["full", "lora"], Says("full or lora")]
 Schedule = Annotated[Literal["cosine", "constant"], Says("cosine or constant")]
 Start = Annotated[Literal["base", "chat"], Says("base or chat")]
 Language = Annotated[Literal["en", "zh"], Says("en or zh")]
+NewRows = Annotated[Literal[STARTS], Says("mean, weighted or random")]
 
 # %% ../../nbs/95_run.settings.ipynb #496eadeb
 class Section(BaseModel):
@@ -167,6 +169,15 @@ class Lab(Section):
     wordings: Wordings = Field(3, description="Wordings of each question.")
     one_wording: YesNo = Field(False, description="Tell all facts of a machine in the same words and order.")
     lang: Language = Field("en", description="Language of its documents and questions: English or Chinese.")
+
+
+class Vocab(Section):
+    "New pieces for the words of the documents: a longer tokenizer, and a model with a row for each."
+
+    pieces: Whole = Field(500, description="Pieces at most; fewer where no further piece saves two tokens.")
+    start: NewRows = Field(
+        "mean", description="Values of a new row: mean or weighted mean of the old pieces', or random."
+    )
 
 
 class Select(Section):
@@ -262,6 +273,9 @@ class Recipe(Section):
         [], description="Tasks to make conversations of from the documents; they join those of data.instructions."
     )
     corpus: Corpus = Field(default_factory=Corpus)
+    vocab: Vocab | None = Field(
+        None, description="Give the model new pieces before it is trained; none when not given."
+    )
     select: Select = Field(default_factory=Select)
     mix: Mix = Field(default_factory=Mix)
     pretrain: Pretrain | Literal[False] = Field(default_factory=Pretrain)
@@ -275,6 +289,7 @@ LATER = {
     "chat_model": None,
     "chat_vector": False,
     "tasks": [],
+    "vocab": None,
     "lab": {"lang": "en"},
     "sft": {"start": "base"},
 }  # later settings, as they change nothing

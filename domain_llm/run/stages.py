@@ -17,7 +17,7 @@ from .measuring import answers_stage, baseline_stage, evaluate_stage, quantize_s
 from .recipe import model_stages, training_stages
 from .report import write_report
 from .settings import identifying
-from .training import chat_vector_stage, pretrain_stage, sft_stage
+from .training import chat_vector_stage, pretrain_stage, sft_stage, vocab_stage
 
 # %% ../../nbs/61_run.stages.ipynb #3f6ac43d
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Stage:
 
 
 _MODELS = ("model", "chat_model")
-_LOADING = (*_MODELS, "trust_remote_code")
+_LOADING = (*_MODELS, "trust_remote_code", "vocab")
 _QUESTIONS = ("questions", "general_questions")
 _MEASURING = ("trust_remote_code", "evaluate.questions", "evaluate.probe_tokens", "seed")
 _TRAINING = (*_LOADING, "seed", "evaluate.probe_tokens", "evaluate.screen")
@@ -67,6 +67,9 @@ def stages(
         "corpus": _corpus(cfg),
         "baseline": Stage(baseline_stage, (*_MODELS, *_MEASURING), {**probes_of(cfg), **exam_of(cfg)}),
     }
+    if cfg["vocab"]:
+        read = {**probes_of(cfg), "documents": "corpus/documents.jsonl"}
+        plan["vocab"] = Stage(vocab_stage, (*_LOADING, "evaluate.probe_tokens", "seed"), read)
     for name in trained:
         plan[name] = _pretrain(cfg) if name == "pretrain" else _sft(cfg, after_pretrain="pretrain" in trained)
     if cfg["chat_vector"]:
@@ -95,14 +98,22 @@ def _corpus(cfg):
     return Stage(corpus_stage, ("corpus", "seed", "tasks"), {**read, "skipped": "inputs/documents/skipped.json"})
 
 
+def _extended(cfg, start=True):
+    "What a training reads of a run with new pieces: where they were measured and, unless it goes on, the model."
+    if not cfg["vocab"]:
+        return {}
+    return dict(vocab="vocab/vocab.json") | (dict(start="vocab/model") if start else {})
+
+
 def _pretrain(cfg):
     others = [source for source in ("general", "instructions") if source in cfg["mix"]["parts"]]
     sources = {source: f"corpus/{source}.jsonl" for source in ("documents", *others)}
-    return Stage(pretrain_stage, (*_TRAINING, "select", "mix", "pretrain"), {**probes_of(cfg), **sources})
+    read = {**probes_of(cfg), **sources, **_extended(cfg)}
+    return Stage(pretrain_stage, (*_TRAINING, "select", "mix", "pretrain"), read)
 
 
 def _sft(cfg, after_pretrain):
-    read = {**probes_of(cfg), "instructions": "corpus/instructions.jsonl"}
+    read = {**probes_of(cfg), "instructions": "corpus/instructions.jsonl", **_extended(cfg, not after_pretrain)}
     if after_pretrain:
         read |= dict(start="pretrain/model")
     if after_pretrain and cfg["sft"]["start"] == "base":
