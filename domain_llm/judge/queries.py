@@ -54,7 +54,7 @@ _LIMITS = {
 
 
 def _authorizer(
-    tables,  # names in lower case, or None for all
+    tables,  # for each table its columns, names in lower case, or None for all
     functions,  # names in lower case, or None for all
 ):
     "SQLite's question whether a statement may do something, answered by lists of what is allowed."
@@ -62,7 +62,9 @@ def _authorizer(
     def authorize(action, first, second, *where):
         allowed = action in _ALLOWED and second != "load_extension"
         if action == sqlite3.SQLITE_READ and tables is not None:
-            allowed = (first or "").lower() in tables and where[0] in ("main", None)
+            columns = tables.get((first or "").lower())
+            known = columns is not None and (not second or second.lower() in columns)  # none is named for COUNT(*)
+            allowed = known and where[0] in ("main", None)
         if action == sqlite3.SQLITE_FUNCTION and functions is not None:
             allowed = second.lower() in functions
         return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
@@ -73,7 +75,7 @@ def _authorizer(
 @contextmanager
 def read_only(
     database,  # an open SQLite connection, or the path of a file
-    tables=None,  # names of the tables that may be read, in lower case; all when not given
+    tables=None,  # for each table that may be read its columns, names in lower case; all when not given
     functions=None,  # names of the functions that may be called, in lower case; all but load_extension when not given
     longest: int = _LONGEST,  # bytes of a value that a query may make or read
 ):
