@@ -14,8 +14,9 @@ from domain_llm.core import InputError
 from domain_llm.demo.database import insert_tables
 from domain_llm.demo.world import make_world
 from domain_llm.judge.queries import FAILURES, read_only, run_query
-from domain_llm.ship.guard import Refusal, guarded, run_guarded
+from domain_llm.ship.guard import Refusal, guarded
 from domain_llm.ship.schema import read_schema
+from domain_llm.ship.sql import run_guarded
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = next((p / "shared/data" for p in ROOT.parents if (p / "shared/data").is_dir()), Path("/nowhere"))
