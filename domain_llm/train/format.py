@@ -299,7 +299,8 @@ def _end_findings(marks, tok, stops):
     for mark, n in marks.items():
         if mark not in stops:
             said = f"{_number(n, 'answer')} end in {decoded([mark], tok)}, but generation stops at {names}, so"
-            said += f" the model would write on. Add the token id {mark} to the list eos_token_id in its generation_config.json."
+            said += f" the model would write on. Add the token id {mark} to the list eos_token_id in its"
+            said += " generation_config.json."
             found.append(_finding("warning", said))
     return found
 
