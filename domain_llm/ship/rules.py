@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain', 'value_index', 'find_values', 'make_pattern', 'learn_rules', 'ask_rules', 'risk_coverage', 'choose_threshold']
 
-# %% ../../nbs/95_ship.rules.ipynb #73cd9a56
+# %% ../../nbs/95_ship.rules.ipynb #1ea9993f
 import math
 import re
 from collections import Counter, defaultdict
@@ -17,7 +17,7 @@ from ..data.leaks import units_of
 from ..judge.queries import read_only, run_query
 from .schema import quoted
 
-# %% ../../nbs/95_ship.rules.ipynb #8a4946d0
+# %% ../../nbs/95_ship.rules.ipynb #5995a1c4
 _LITERAL = re.compile(r"(?<![\w.-])(?:(\d{4}-\d\d-\d\d)|(\d+(?:\.\d+)?))(?![\w-])", re.A)
 _CLOSE = 85  # RapidFuzz's score, of 100, from which on a piece of the question is a misspelt value
 _SHORTEST = 4  # characters of a value that is looked for with errors
@@ -94,7 +94,7 @@ def find_values(
         take(*found.span(), found[0], {("", "date" if found[1] else "number")})
     return sorted(out)
 
-# %% ../../nbs/95_ship.rules.ipynb #7109e06e
+# %% ../../nbs/95_ship.rules.ipynb #9c1616f8
 _SLOT = "\ufffc"  # stands for a value
 
 
@@ -148,9 +148,9 @@ def _with_slots(text, spans):
         text = text[:start] + f" {_SLOT} " + text[end:]
     return text
 
-# %% ../../nbs/95_ship.rules.ipynb #b0227531
-_UP = """more than|longer than|higher than|larger than|greater than|later than|newer than|above|over|after|since|at least
-|超过|高于|大于|多于|不少于|以上|之后|以后|晚于""".replace("\n", "")
+# %% ../../nbs/95_ship.rules.ipynb #4cbfabe8
+_UP = """more than|longer than|higher than|larger than|greater than|later than|newer than|above|over|after
+|since|at least|超过|高于|大于|多于|不少于|以上|之后|以后|晚于""".replace("\n", "")
 _DOWN = """less than|shorter than|lower than|smaller than|fewer than|earlier than|older than|below|under|before|at most
 |不到|低于|小于|少于|以下|之前|以前|早于""".replace("\n", "")
 _MOST = "highest|largest|biggest|longest|greatest|latest|newest|most|maximum|最高|最大|最多|最长|最新|最晚"
@@ -193,7 +193,7 @@ def _counted(tree):
     turned.set("expressions", [exp.Count(this=exp.Star())])
     return turned
 
-# %% ../../nbs/95_ship.rules.ipynb #0913b64c
+# %% ../../nbs/95_ship.rules.ipynb #a62d4ede
 _MOVED = 0.8  # factor of the confidence for each slot that moved to another column
 _UNUSED = 0.5  # factor for each value of the question that the pattern has no slot for
 _NAMED = 5  # how much more a word counts that is part of the name of a table or a column
@@ -290,7 +290,7 @@ def _similarity(ours, theirs, weights):
 
     return 2 * size(ours & theirs) / (size(ours) + size(theirs))
 
-# %% ../../nbs/95_ship.rules.ipynb #07a6022f
+# %% ../../nbs/95_ship.rules.ipynb #7edf720a
 def _fit(column, columns, related):
     "How well a value fits a slot: 1 as it is, less when the slot moves to another column of its table; and to which."
     if column is None:
@@ -353,13 +353,13 @@ def ask_rules(
 ):
     "Dict of `sql`, None where no pattern fits or the confidence is below the threshold, and `confidence` from 0 to 1."
     best = max(_candidates(question, rules), key=lambda found: found[0], default=None)
-    if best is None or best[0] < threshold:
+    if best is None or best[0] < threshold or best[0] == 0:
         return dict(sql=None, confidence=best[0] if best else 0.0)
     score, pattern, values, moves = best
     stored = [rules["index"][value][1] if value in rules["index"] else value for value in values]
     return dict(sql=_filled(pattern, stored, moves), confidence=score)
 
-# %% ../../nbs/95_ship.rules.ipynb #23a68886
+# %% ../../nbs/95_ship.rules.ipynb #12cdc016
 def risk_coverage(
     confidences,  # one per question
     correct,  # one truth value per question: was the answer right

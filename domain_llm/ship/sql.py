@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_guarded', 'tried']
 
-# %% ../../nbs/54_ship.sql.ipynb #4482fd15
+# %% ../../nbs/54_ship.sql.ipynb #784b3a63
 import time
 
 from ..core import InputError
@@ -15,7 +15,7 @@ from .guard import FUNCTIONS, Refusal, checked, first_line
 from .rules import ask_rules
 from .schema import is_url, open_engine
 
-# %% ../../nbs/54_ship.sql.ipynb #d3d8ab06
+# %% ../../nbs/54_ship.sql.ipynb #18310be7
 _CELL = 10**5  # bytes of one value in SQLite
 _SIZE = 10**7  # characters of all values of an answer
 
@@ -95,7 +95,7 @@ def run_guarded(
         raise Refusal(f"The database refuses this query: {said:.200}. Ask in another way.") from e
     return dict(sql=allowed["sql"], columns=columns, rows=rows, note=note)
 
-# %% ../../nbs/54_ship.sql.ipynb #5c2b1a05
+# %% ../../nbs/54_ship.sql.ipynb #bad6c861
 def tried(
     rows,  # {"question", "sql"}
     rules,  # as from `learn_rules`
