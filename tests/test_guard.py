@@ -1,7 +1,6 @@
 """The schema of a database and its guard: what is not allowed does not run, what runs ends and writes nothing."""
 
 import hashlib
-import json
 import sqlite3
 import time
 from collections import Counter
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fixtures.attacks import BY_HAND, attacks
+from record_rules import geoquery_rows
 
 from domain_llm.core import InputError
 from domain_llm.demo.database import insert_tables
@@ -188,22 +188,11 @@ def test_no_reference_of_geoquery_is_refused():
     path = GEOQUERY / "geography.sqlite"
     schema = read_schema(path)
     con = sqlite3.connect(path)
-    queries = Counter()
-    for entry in json.loads((GEOQUERY / "geography.json").read_text()):
-        for sentence in entry["sentences"]:
-            query = entry["sql"][0]
-            for name in sorted(sentence["variables"], key=len, reverse=True):
-                query = query.replace(name, sentence["variables"][name])
-            queries[query] += 1
-    ran = 0
-    for query, times in queries.items():
-        try:
-            rows = con.execute(query).fetchall()
-        except sqlite3.Error:
-            continue
+    queries = Counter(row["sql"] for row in geoquery_rows(GEOQUERY) if row["sql"])
+    assert queries.total() == 872
+    for query in queries:
+        rows = con.execute(query).fetchall()
         assert run_guarded(query, path, schema, most=10_000)["rows"] == rows, query
-        ran += times
-    assert ran == 872
 
 
 def test_a_refusal_says_what_and_why(schema):
