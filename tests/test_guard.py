@@ -2,6 +2,7 @@
 
 import hashlib
 import sqlite3
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -273,6 +274,18 @@ def test_databases_that_are_none(tmp_path):
         with pytest.raises(InputError) as e:
             read_schema(database)
         assert said in str(e.value) and "secret" not in str(e.value)
+
+
+def test_what_is_missing_is_named(database, schema, monkeypatch):
+    with pytest.raises(InputError, match="the URL of a PostgreSQL database"):
+        run_guarded("SELECT name FROM sites", f"sqlite:///{database}", schema)
+    with pytest.raises(InputError, match="the driver of mysql"):
+        run_guarded("SELECT name FROM sites", "mysql+mysqldb://user:secret@host/x", dict(schema, dialect="mysql"))
+    with pytest.raises(InputError, match="is no file"):
+        run_guarded("SELECT name FROM sites", database.with_name("missing"), schema)
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+    with pytest.raises(InputError, match=r"domain_llm\[databases\]"):
+        read_schema("postgresql://host/x")
 
 
 def test_sqlalchemy_reads_the_same_schema(database):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_guarded', 'tried', 'tried_on_unknown_shapes']
 
-# %% ../../nbs/54_ship.sql.ipynb #e0bd7921
+# %% ../../nbs/54_ship.sql.ipynb #03d2a655
 import time
 
 from ..core import InputError
@@ -15,7 +15,7 @@ from .guard import FUNCTIONS, Refusal, checked, first_line
 from .rules import ask_rules, learn_rules
 from .schema import is_url, open_engine
 
-# %% ../../nbs/54_ship.sql.ipynb #4182b842
+# %% ../../nbs/54_ship.sql.ipynb #d429b7ce
 _CELL = 10**5  # bytes of one value in SQLite
 _SIZE = 10**7  # characters of all values of an answer
 
@@ -46,7 +46,8 @@ def _run_postgres(url, allowed, seconds, most):
     engine = open_engine(url)
     try:
         if engine.dialect.name != "postgresql":
-            raise InputError(f"a query runs on SQLite and PostgreSQL, not on {engine.dialect.name}. Use one of them.")
+            remedy = "Give the path of a SQLite file or the URL of a PostgreSQL database"
+            raise InputError(f"a query does not run by a URL of {engine.dialect.name}. {remedy}.")
         with engine.connect() as con:
             con.exec_driver_sql("SET TRANSACTION READ ONLY")
             con.exec_driver_sql(f"SET LOCAL statement_timeout = {max(1, round(1000 * seconds))}")
@@ -95,7 +96,7 @@ def run_guarded(
         raise Refusal(f"The database refuses this query: {said:.200}. Ask in another way.") from e
     return dict(sql=allowed["sql"], columns=columns, rows=rows, note=note)
 
-# %% ../../nbs/54_ship.sql.ipynb #829194ed
+# %% ../../nbs/54_ship.sql.ipynb #b7470e7d
 def tried(
     rows,  # {"question", "sql"}
     rules,  # as from `learn_rules`
@@ -108,7 +109,7 @@ def tried(
     correct = [value == 1 for value in judged["values"]]
     return dict(sql=queries, confidence=[answer["confidence"] for answer in answers], correct=correct)
 
-# %% ../../nbs/54_ship.sql.ipynb #c5a3d5f8
+# %% ../../nbs/54_ship.sql.ipynb #d3792168
 def tried_on_unknown_shapes(
     rows,  # training rows {"question", "sql", "shape"}
     database,  # an open SQLite connection, or the path of a file
