@@ -1,14 +1,15 @@
 """The schema of a database and its guard: what is not allowed does not run, what runs ends and writes nothing."""
 
 import hashlib
-import json
 import sqlite3
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from fixtures.attacks import BY_HAND, attacks
+from record_rules import geoquery_rows
 
 from domain_llm.core import InputError
 from domain_llm.demo.database import insert_tables
@@ -188,22 +189,11 @@ def test_no_reference_of_geoquery_is_refused():
     path = GEOQUERY / "geography.sqlite"
     schema = read_schema(path)
     con = sqlite3.connect(path)
-    queries = Counter()
-    for entry in json.loads((GEOQUERY / "geography.json").read_text()):
-        for sentence in entry["sentences"]:
-            query = entry["sql"][0]
-            for name in sorted(sentence["variables"], key=len, reverse=True):
-                query = query.replace(name, sentence["variables"][name])
-            queries[query] += 1
-    ran = 0
-    for query, times in queries.items():
-        try:
-            rows = con.execute(query).fetchall()
-        except sqlite3.Error:
-            continue
+    queries = Counter(row["sql"] for row in geoquery_rows(GEOQUERY) if row["sql"])
+    assert queries.total() == 872
+    for query in queries:
+        rows = con.execute(query).fetchall()
         assert run_guarded(query, path, schema, most=10_000)["rows"] == rows, query
-        ran += times
-    assert ran == 872
 
 
 def test_a_refusal_says_what_and_why(schema):
@@ -284,6 +274,18 @@ def test_databases_that_are_none(tmp_path):
         with pytest.raises(InputError) as e:
             read_schema(database)
         assert said in str(e.value) and "secret" not in str(e.value)
+
+
+def test_what_is_missing_is_named(database, schema, monkeypatch):
+    with pytest.raises(InputError, match="the URL of a PostgreSQL database"):
+        run_guarded("SELECT name FROM sites", f"sqlite:///{database}", schema)
+    with pytest.raises(InputError, match="the driver of mysql"):
+        run_guarded("SELECT name FROM sites", "mysql+mysqldb://user:secret@host/x", dict(schema, dialect="mysql"))
+    with pytest.raises(InputError, match="is no file"):
+        run_guarded("SELECT name FROM sites", database.with_name("missing"), schema)
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+    with pytest.raises(InputError, match=r"domain_llm\[databases\]"):
+        read_schema("postgresql://host/x")
 
 
 def test_sqlalchemy_reads_the_same_schema(database):
