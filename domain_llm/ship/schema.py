@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['quoted', 'open_engine', 'is_url', 'read_schema']
 
-# %% ../../nbs/95_ship.schema.ipynb #4e3d1791
+# %% ../../nbs/95_ship.schema.ipynb #f4998159
 import sqlite3
 from pathlib import Path
 
 from ..core import InputError
 
-# %% ../../nbs/95_ship.schema.ipynb #7a4f2c6e
+# %% ../../nbs/95_ship.schema.ipynb #578e993b
 def quoted(
     name: str,  # of a table or a column
 ):
@@ -49,7 +49,7 @@ def _sqlite_schema(con, samples):
     finally:
         con.row_factory = factory
 
-# %% ../../nbs/95_ship.schema.ipynb #ad883630
+# %% ../../nbs/95_ship.schema.ipynb #695e42aa
 _DIALECTS = dict(postgresql="postgres", mariadb="mysql", mssql="tsql")  # where SQLAlchemy and SQLGlot differ
 
 
@@ -100,7 +100,7 @@ def _table(con, inspector, table, samples):
 
 def _engine_schema(url, samples):
     "The schema of the default namespace behind a SQLAlchemy URL."
-    engine = open_engine(url)  # first, since it says what to install where there is no SQLAlchemy
+    engine = open_engine(url)
     import sqlalchemy as sa
 
     try:
@@ -114,7 +114,7 @@ def _engine_schema(url, samples):
     finally:
         engine.dispose()
 
-# %% ../../nbs/95_ship.schema.ipynb #e1919dae
+# %% ../../nbs/95_ship.schema.ipynb #f7c7ad10
 def is_url(
     database,  # what a user gave as a database
 ):
