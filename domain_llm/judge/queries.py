@@ -100,6 +100,13 @@ def read_only(
             con.close()
 
 # %% ../../nbs/94_judge.queries.ipynb #b7711a4f
+def _interrupt(con, seconds, ended):
+    "After some seconds interrupt again and again: SQLite forgets an interrupt that comes before a query's first step."
+    ended.wait(seconds)
+    while not ended.wait(0.01):
+        con.interrupt()
+
+
 @contextmanager
 def open_query(
     con,  # a connection, as from `read_only`
@@ -107,9 +114,9 @@ def open_query(
     seconds,  # time limit, from here to the end of the block
 ):
     "A cursor over the rows of a query; raises one of FAILURES where it is invalid or takes too long."
-    timer = threading.Timer(seconds, con.interrupt)
-    timer.daemon = True
-    timer.start()
+    ended = threading.Event()
+    watch = threading.Thread(target=_interrupt, args=(con, seconds, ended), daemon=True)
+    watch.start()
     cursor = con.cursor()
     cursor.row_factory = None
     try:
@@ -119,8 +126,8 @@ def open_query(
         yield cursor
     finally:
         cursor.close()
-        timer.cancel()
-        timer.join()
+        ended.set()
+        watch.join()
 
 
 def run_query(

@@ -195,6 +195,30 @@ def _columns_of(schema):
     return out
 
 
+def _check_table(table, known, given):
+    "Refuse what is not the plain name of a table that may be read here, or of a WITH that is in sight."
+    extra = [key for key, value in table.args.items() if value and key not in ("this", "alias", "joins")]
+    if _kind(table.this) != "Identifier":
+        _refuse("a function in the place of a table is not allowed", f"Choose among {', '.join(known)}")
+    if extra:
+        _refuse(f"{table.sql()!r} is more than the name of a table", "Write the name alone")
+    if table.name not in known and table.name not in given:
+        hint = nearest(table.name, known)
+        _refuse(f"there is no table {table.name!r}{hint}", f"Choose among {', '.join(known)}")
+
+
+def _check_scopes(node, known, given):
+    "Refuse a name that is of no table, nor of a WITH before it around it: elsewhere the same name is a real table's."
+    for cte in getattr(node, "ctes", []):
+        _check_scopes(cte.this, known, given)
+        given = given | {cte.alias}
+    if _kind(node) == "Table":
+        _check_table(node, known, given)
+    for child in node.iter_expressions():
+        if _kind(child) != "With":
+            _check_scopes(child, known, given)
+
+
 def _check_tables(tree, known):
     "Refuse a name that is of no table; gives the names of the WITHs."
     from sqlglot import exp
@@ -203,15 +227,7 @@ def _check_tables(tree, known):
     taken = sorted(name for name in given if name in known or name.startswith(("sqlite_", "pg_")))
     if taken:
         _refuse(f"WITH gives the name {taken[0]!r}, which is that of a table", "Choose another name")
-    for table in tree.find_all(exp.Table):
-        extra = [key for key, value in table.args.items() if value and key not in ("this", "alias", "joins")]
-        if _kind(table.this) != "Identifier":
-            _refuse("a function in the place of a table is not allowed", f"Choose among {', '.join(known)}")
-        if extra:
-            _refuse(f"{table.sql()!r} is more than the name of a table", "Write the name alone")
-        if table.name not in known and table.name not in given:
-            hint = nearest(table.name, known)
-            _refuse(f"there is no table {table.name!r}{hint}", f"Choose among {', '.join(known)}")
+    _check_scopes(tree, known, frozenset())
     return given
 
 
@@ -294,6 +310,8 @@ def checked(
     """
     from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
 
+    if not isinstance(query, str):
+        _refuse(f"it is no text but {type(query).__name__}", "Write a SELECT")
     if len(query) > _LONGEST:
         _refuse(f"it has {len(query):,} characters, at most {_LONGEST:,} are allowed", "Ask something simpler")
     if re.search(r"[\x00\ud800-\udfff]", query):

@@ -10,6 +10,7 @@ import sqlite3
 from pathlib import Path
 
 from ..core import InputError
+from ..judge.queries import FAILURES, run_query
 
 # %% ../../nbs/95_ship.schema.ipynb #578e993b
 def quoted(
@@ -19,11 +20,17 @@ def quoted(
     return '"' + name.replace('"', '""') + '"'
 
 
+_SECONDS = 1.0  # for the sample values of one column
+
+
 def _sqlite_samples(con, table, column, samples):
-    "The first different values of a column that are not NULL."
+    "The first different values of a column that are not NULL; none where reading them fails or takes too long."
     name = quoted(column)
     query = f"SELECT DISTINCT {name} FROM {quoted(table)} WHERE {name} IS NOT NULL LIMIT {samples}"
-    return [value for (value,) in con.execute(query)]
+    try:
+        return [value for (value,) in run_query(con, query, _SECONDS)]
+    except FAILURES:
+        return []
 
 
 def _sqlite_table(con, table, samples):
