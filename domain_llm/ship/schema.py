@@ -107,7 +107,7 @@ def _table(con, inspector, table, samples):
 
 def _engine_schema(url, samples):
     "The schema of the default namespace behind a SQLAlchemy URL."
-    engine = open_engine(url)
+    engine = open_engine(url)  # first, since it says what to install where there is no SQLAlchemy
     import sqlalchemy as sa
 
     try:
