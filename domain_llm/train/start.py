@@ -165,7 +165,7 @@ def add_chat_vector(
         shutil.rmtree(whole, ignore_errors=True)
     return Path(out)
 
-
+# %% ../../nbs/47_train.start.ipynb #4ae02812
 def _write(tuned, base, chat, out):
     "Write the sums into files as the chat model has them; gives the type of the weights as torch writes it."
     from safetensors.torch import save_file
@@ -181,7 +181,7 @@ def _write(tuned, base, chat, out):
         write_json(out / _INDEX, dict(metadata=dict(total_size=size), weight_map=index))
     return str(dtype).removeprefix("torch.")
 
-
+# %% ../../nbs/47_train.start.ipynb #cd3c307d
 def _copy_settings(folder, out, dtype):
     "Copy what a model folder holds beside its weights; the configuration names the type that they have now."
     for path in Path(folder).iterdir():
@@ -248,7 +248,7 @@ def advise(
     method = "none" if fits == "none" else "full" if start == "base" else "lora"
     return dict(start=start, method=method, reasons=[*reasons, *said, *([_LORA] if method == "lora" else []), _MEASURE])
 
-
+# %% ../../nbs/47_train.start.ipynb #c22150fa
 def _advised_start(samples, known):
     "What the rule says of a number of samples, with what is published for and against it."
     reasons = [f"{samples:,} samples. {_RULE} {_NO_CROSSOVER}", _AGAINST_CHAT]
