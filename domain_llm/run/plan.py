@@ -149,7 +149,7 @@ def memory_parts(
     trained, n = trained_parameters(set_, size), set_["length"]
     frozen = 6 if cpu and half == 2 else half  # a CPU keeps the 32-bit original beside the 16-bit copy it computes with
     activations = 2.7 * n * sum(inputs + outputs for inputs, outputs in size["matrices"])
-    if cpu and n <= 1024:
+    if cpu and n <= 1024:  # longer rows take PyTorch's attention, which keeps no products
         activations += 4.5 * n * n * size["heads"] * size["layers"]
     copied = 0 if full else half * size.get("copied", 0)
     wide = 1 if half == 2 else 1.56  # not twice: 32-bit norms and softmax are kept in 16-bit training as well
@@ -210,7 +210,19 @@ def _container_memory(
     return int(limit) - int(used) if limit.isdigit() else math.inf
 
 # %% ../../nbs/63_run.plan.ipynb #b081d0a7
-COLOURS = ("#1565c0", "#d84315", "#2e7d32", "#9e9e9e", "#6a1b9a", "#5d4037", "#00838f")
+COLOURS = {
+    "weights in checkpoints": "#1565c0",
+    "weights": "#1565c0",
+    "optimizer in checkpoints": "#d84315",
+    "masters and moments": "#d84315",
+    "gradients": "#ffab91",
+    "activations": "#2e7d32",
+    "logits": "#9ccc65",
+    "kept models": "#00838f",
+    "final models": "#6a1b9a",
+    "GGUF files": "#fbc02d",
+    "copies of the embedding": "#5d4037",
+}
 
 
 def plot_parts(
@@ -232,11 +244,11 @@ def _stack(ax, bars):
     "One panel: a bar per name, stacked by part, with its sum."
     names, ends = list(bars), [0.0] * len(bars)
     parts = dict.fromkeys(part for bar in bars.values() for part in bar)
-    for part, colour in zip(parts, COLOURS):
+    for part in parts:
         widths = [bar.get(part, 0) / GB for bar in bars.values()]
         if not any(widths):
             continue
-        ax.barh(names, widths, left=ends, color=colour, label=part)
+        ax.barh(names, widths, left=ends, color=COLOURS.get(part, "#9e9e9e"), label=part)
         ends = [end + width for end, width in zip(ends, widths)]
     for y, end in enumerate(ends):
         ax.text(end, y, f" {end:,.0f} GB", va="center", fontsize=8)

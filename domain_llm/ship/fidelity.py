@@ -150,6 +150,22 @@ def _compare_choices(url, model, tok, conversations, max_tokens, top):
         apart += divergences
     return same, apart
 
+# %% ../../nbs/53_ship.fidelity.ipynb #fb843498
+def _judged(found, same, apart, at_least):
+    "What `compare_with_original` gives of the problems by kind, the equal choices and the divergences."
+    hits, n = sum(same), len(same)
+    low, high = wilson(hits, n) if n else (0.0, 1.0)
+    problems = [p for kind in found.values() for p in kind]
+    if high < at_least:
+        problems.append(
+            f"the file chooses another next token than the original at {n - hits} of {n} places "
+            f"(agreement {hits / n:.2f}, expected at least {at_least})"
+        )
+    agreement = hits / n if n else None
+    kl = sum(apart) / len(apart) if apart else None
+    without = {kind: not said for kind, said in found.items()}
+    return dict(ok=not problems, problems=problems, **without, agreement=agreement, n=n, low=low, high=high, kl=kl)
+
 # %% ../../nbs/53_ship.fidelity.ipynb #90f90faf
 def compare_with_original(
     gguf_path,  # the exported file
@@ -172,25 +188,6 @@ def compare_with_original(
     with server(gguf_path, port=0) as url:
         found = _compare_text(url, tok, conversations)
         same, apart = _compare_choices(url, model, tok, conversations, max_tokens, top)
-    hits, n = sum(same), len(same)
     size = Path(gguf_path).stat().st_size
-    low, high = wilson(hits, n) if n else (0.0, 1.0)
     at_least = at_least or (0.9 if size > model.num_parameters() else 0.6)
-    problems = [p for kind in found.values() for p in kind]
-    if high < at_least:
-        problems.append(
-            f"the file chooses another next token than the original at {n - hits} of {n} places "
-            f"(agreement {hits / n:.2f}, expected at least {at_least})"
-        )
-    return dict(
-        ok=not problems,
-        problems=problems,
-        **{k: not v for k, v in found.items()},
-        agreement=hits / n if n else None,
-        n=n,
-        low=low,
-        high=high,
-        kl=sum(apart) / len(apart) if apart else None,
-        prompts=len(conversations),
-        bytes=size,
-    )
+    return _judged(found, same, apart, at_least) | dict(prompts=len(conversations), bytes=size)

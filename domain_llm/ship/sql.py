@@ -40,7 +40,7 @@ def _run_sqlite(database, allowed, seconds, most):
         with open_query(con, allowed["sql"], seconds) as cursor:
             return [name for name, *_ in cursor.description], *_capped(cursor, most)
 
-
+# %% ../../nbs/54_ship.sql.ipynb #d22d74d5
 def _run_postgres(url, allowed, seconds, most):
     "Column names, rows and note; the transaction is read-only and rolled back."
     engine = open_engine(url)
@@ -70,7 +70,7 @@ def _failures():
         return FAILURES
     return (*FAILURES, SQLAlchemyError)
 
-
+# %% ../../nbs/54_ship.sql.ipynb #5bf69e68
 def run_guarded(
     query: str,  # SQL, by whomever
     database,  # an open SQLite connection, the path of a SQLite file, or the URL of a PostgreSQL database

@@ -253,7 +253,7 @@ def resize(
     model.config.new_rows = [first, need]  # for a training that starts from the saved model
     return sorted(parts)
 
-
+# %% ../../nbs/48_train.vocab.ipynb #ae82f907
 def new_rows(
     model,  # as `load` gives it
 ):
@@ -265,7 +265,7 @@ def new_rows(
     names = [name for name, layer in model.named_modules() if any(layer is one for one in layers)]
     return {name: rows for name in names} if rows else {}
 
-
+# %% ../../nbs/48_train.vocab.ipynb #40af03e4
 def _check_rows(model, used):
     "Raise InputError unless the model has a row for every present token, and rows that can be written."
     if getattr(model, "quantization_method", None) or getattr(model.config, "quantization_config", None):
