@@ -23,7 +23,6 @@ LAZY = "a class inside a function, so that its library is imported only when it 
 LONG_FUNCTIONS = {
     "domain_llm/train/loop.py: _optimizer_class": LAZY,
     "domain_llm/train/loop.py: _trainer_class": LAZY,
-    "domain_llm/ship/fidelity.py: compare_with_original": "seven documented parameters, ten figures as result",
     "tools/bench_evaluate.py: lm_eval_run": LAZY,
     "tests/test_recipe.py: test_the_trained_model_is_saved_before_it_is_interpolated": IN_ORDER,
     "tests/test_recipe.py: test_exam_questions_are_taken_out_of_everything_that_is_trained_on": IN_ORDER,
