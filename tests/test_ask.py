@@ -99,6 +99,11 @@ def test_nothing_is_asked(source):
     assert found["by"] == "clarification" and len(found["nearest"]) == 3 and "Ask a question" in found["note"]
 
 
+def test_broken_letters_can_be_printed(source):
+    found = answer("Where is the \udcff Heron?", **source)
+    assert told_answer(found).encode() and json.dumps(found["question"], ensure_ascii=False).encode()
+
+
 def test_languages(source):
     assert answer("苍鹭在哪里？", **source)["rows"] == [("山上",)]
     assert "不确定" in answer("明天下雨吗？", **source)["note"]

@@ -179,7 +179,7 @@ def answer(
 ):
     """Dict of `question`, `sql`, `columns`, `rows`, `note`, `by` (model, rules or clarification), `confidence` and
     `nearest`, known questions that can be answered. Raises InputError where the database cannot be opened."""
-    question, known = question.strip(), known or {}
+    question, known = question.strip().encode(errors="replace").decode(), known or {}  # a pipe can hold broken letters
     words = _words(lang, question)
     offer = partial(nearest_questions, known=known, database=database, schema=schema)
     if not question or len(question) > LONGEST:
