@@ -9,7 +9,6 @@ __all__ = ['LONGEST', 'MESSAGES', 'THRESHOLD', 'shape_of', 'known_questions', 'n
 # %% ../../nbs/56_ship.ask.ipynb #133654b3
 import logging
 import re
-import sys
 import tempfile
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +21,7 @@ from ..demo.world import make_world
 from .guard import Refusal
 from .rules import ask_rules, find_values, learn_rules, plain
 from .schema import is_url, read_schema
+from .serve import typed_lines
 from .sql import run_guarded
 from ..train.picture import text_width
 
@@ -320,15 +320,5 @@ def ask_in_terminal(
     lang = source.get("lang")
     if question is not None:
         return print(told_answer(answer(question, **source), lang))
-    asks = sys.stdin.isatty()
-    if asks:
-        print("/quit leaves.")
-    while True:
-        try:
-            line = input("> " if asks else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            return print() if asks else None
-        if line == "/quit":
-            return
-        if line:
-            print(told_answer(answer(line, **source), lang), end="\n\n", flush=True)
+    for line in typed_lines("/quit leaves."):
+        print(told_answer(answer(line, **source), lang), end="\n\n", flush=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOPBACK', 'KEY_VARIABLE', 'SILENCE', 'PATIENCE', 'bound', 'given_keys', 'check_access', 'post', 'server', 'gguf_of',
-           'stop_signals', 'serve', 'complete', 'chat_in_terminal']
+           'stop_signals', 'serve', 'complete', 'typed_lines', 'chat_in_terminal']
 
 # %% ../../nbs/52_ship.serve.ipynb #d21dc7a1
 import json
@@ -333,6 +333,24 @@ def _answer(url, turns, max_tokens, temperature):
     return "".join(said)
 
 # %% ../../nbs/52_ship.serve.ipynb #1ea81085
+def typed_lines(
+    hint,  # printed first, to a person at a terminal
+):
+    "Lines of the terminal or of a pipe, without empty ones, until /quit or the end."
+    asks = sys.stdin.isatty()
+    if asks:
+        print(hint)
+    while True:
+        try:
+            line = input("> " if asks else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print() if asks else None
+        if line == "/quit":
+            return
+        if line:
+            yield line
+
+
 def chat_in_terminal(
     gguf_path,  # a .gguf file
     max_tokens: int = 512,  # longest answer, in tokens
@@ -340,22 +358,12 @@ def chat_in_terminal(
     context: int = 4096,  # longest conversation, in tokens
 ):
     "Talk to a GGUF file in the terminal; lines from a pipe work too."
-    turns, asks = [], sys.stdin.isatty()
+    turns = []
     with server(gguf_path, port=0, context=context) as url:
-        if asks:
-            print("/reset starts over, /quit leaves, Ctrl-C stops an answer.")
-        while True:
-            try:
-                line = input("> " if asks else "").strip()
-            except (EOFError, KeyboardInterrupt):
-                return print() if asks else None
-            if line == "/quit":
-                return
+        for line in typed_lines("/reset starts over, /quit leaves, Ctrl-C stops an answer."):
             if line == "/reset":
                 turns = []
                 print("the conversation starts over")
-                continue
-            if not line:
                 continue
             turns.append({"role": "user", "content": line})
             try:
