@@ -89,9 +89,14 @@ def test_a_long_question_costs_nothing(source):
     found = answer("7 " * 10**6, **source, model=asked.append)
     assert time.monotonic() - begun < 1 and not asked
     assert found["by"] == "clarification" and "1,999,999" in found["note"] and "300" in found["note"]
-    begun = time.monotonic()
-    assert answer("7 " * 149, **source)["by"] == "clarification"
-    assert time.monotonic() - begun < 1
+
+
+def test_many_values_cost_little():
+    "With rules that have up to two slots, all ways to fill them by 149 numbers would take seconds."
+    with opened("demo") as source:
+        begun = time.monotonic()
+        assert answer("7 " * 149, **source)["by"] == "clarification"
+        assert time.monotonic() - begun < 2
 
 
 def test_nothing_is_asked(source):
