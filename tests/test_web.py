@@ -62,17 +62,28 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    made = Server(tmp_path_factory.mktemp("open"))
-    yield made
-    made.stop(signal.SIGKILL)
+def start(tmp_path_factory):
+    "A function that starts a server, which ends with the tests at the latest."
+    started = []
+
+    def start(*options):
+        started.append(Server(tmp_path_factory.mktemp("server"), *options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop(signal.SIGKILL)
+        server.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
-def locked(tmp_path_factory):
-    made = Server(tmp_path_factory.mktemp("locked"), "--host", "0.0.0.0", "--api-key", "one", "--api-key", "two")
-    yield made
-    made.stop(signal.SIGKILL)
+def server(start):
+    return start()
+
+
+@pytest.fixture(scope="module")
+def locked(start):
+    return start("--host", "0.0.0.0", "--api-key", "one", "--api-key", "two")
 
 
 def test_a_question_is_answered(server):
@@ -233,8 +244,8 @@ def test_keys(locked):
     assert "can be reached from the network" in "".join(locked.process.stdout.readline() for _ in range(2))
 
 
-def test_feedback_survives_a_kill(tmp_path):
-    server = Server(tmp_path)
+def test_feedback_survives_a_kill(start, tmp_path):
+    server = start()
     good = [
         {"question": "Wie viele?", "sql": "SELECT COUNT(*) FROM machines", "good": True, "by": "rules"},
         {"question": "有多少地方？", "sql": "SELECT COUNT(*) FROM sites", "good": True, "by": "person"},
@@ -252,8 +263,8 @@ def test_feedback_survives_a_kill(tmp_path):
     con.close()
 
 
-def test_kills_in_the_middle_lose_nothing_that_was_confirmed(tmp_path):
-    server = Server(tmp_path)
+def test_kills_in_the_middle_lose_nothing_that_was_confirmed(start, tmp_path):
+    server = start()
     confirmed = []
 
     def vote():
@@ -273,8 +284,15 @@ def test_kills_in_the_middle_lose_nothing_that_was_confirmed(tmp_path):
     assert len(confirmed) > 5 and kept[: len(confirmed)] == confirmed and len(kept) <= len(confirmed) + 1
 
 
-def test_too_many_questions_at_once(tmp_path):
-    server = Server(tmp_path, "--slots", "1")
+def wait_until(happened, seconds=60):
+    begun = time.monotonic()
+    while not happened():
+        assert time.monotonic() - begun < seconds
+        time.sleep(0.05)
+
+
+def test_too_many_questions_at_once(start):
+    server = start("--slots", "1")
     found = []
 
     def ask():
@@ -286,16 +304,12 @@ def test_too_many_questions_at_once(tmp_path):
     threads = [threading.Thread(target=ask) for _ in range(7)]
     for thread in threads:
         thread.start()
-    begun = time.monotonic()
-    while len(found) < 2 and time.monotonic() - begun < 20:
-        time.sleep(0.05)
-    assert time.monotonic() - begun < 4, "refused at once, not after those before"
-    assert [status for status, _, _ in found] == [503, 503]
+    wait_until(lambda: len(found) >= 2)
+    assert [status for status, _, _ in found] == [503, 503], "refused at once, before the first is stopped"
     assert int(found[0][1]["retry-after"]) > 0 and "Too many questions" in found[0][2]["error"]["message"]
     assert server.request("GET", "/health")[0] == 200
-    time.sleep(max(0, 6 - (time.monotonic() - begun)))
-    statuses = [status for status, _, _ in found]
-    assert sorted(statuses) == [422, 503, 503], "the first was stopped after its time, and the next runs"
+    wait_until(lambda: len(found) >= 3)
+    assert found[2][0] == 422, "the first was stopped after its time, and the next runs"
     assert post(server.url + "/feedback", {"question": "x", "good": False}) == {"status": "kept"}
     server.stop(signal.SIGKILL)
     for thread in threads:
@@ -303,8 +317,8 @@ def test_too_many_questions_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_question_that_is_being_answered_ends_before_the_server_does(how, tmp_path):
-    server = Server(tmp_path)
+def test_a_question_that_is_being_answered_ends_before_the_server_does(how, start):
+    server = start()
     found = []
     body = {"sql": ENDLESS}
     asking = threading.Thread(target=lambda: found.append(server.request("POST", "/run", body)))
@@ -318,12 +332,12 @@ def test_a_question_that_is_being_answered_ends_before_the_server_does(how, tmp_
         server.request("GET", "/health")
 
 
-def test_a_database_that_is_gone(tmp_path):
-    server = Server(tmp_path)
+def test_a_database_that_is_gone(start):
+    server = start()
     server.database.unlink()
     for method, path, body in (("GET", "/health", None), ("POST", "/ask", {"question": "Where is the Heron?"})):
         status, _, answer = server.request(method, path, body)
         assert status == 503 and "cannot be used now" in answer["error"]["message"]
-        assert str(tmp_path) not in json.dumps(answer)
+        assert str(server.database) not in json.dumps(answer)
     server.stop(signal.SIGKILL)
-    assert str(server.database) in (tmp_path / "log").read_text()
+    assert str(server.database) in (server.database.parent / "log").read_text()
