@@ -12,8 +12,9 @@ import sys
 
 from . import commands
 from .core import InputError
-from .devices import MEMORY_ADVICE, out_of_memory, share_cores
+from .devices import share_cores, shortage
 from .run.arms import abouts
+from .ship.ask import THRESHOLD
 from .train.vocab import STARTS
 
 # %% ../nbs/98_cli.ipynb #46a4ef51
@@ -28,6 +29,7 @@ EXAMPLES = """examples:
   domain-llm ablate mix                 does replay of general text help? an experiment with seeds and a verdict
   domain-llm chat runs/demo             talk to the result
   domain-llm serve runs/demo            offer it to other programs (OpenAI-compatible, this machine only)
+  domain-llm ask demo                   answer questions in words from a database
 
 'domain-llm COMMAND --help' explains a command."""
 
@@ -55,6 +57,7 @@ def _parser():
         _eval,
         _ablate,
         _chat,
+        _ask,
         _serve,
     ):
         add(sub)
@@ -288,23 +291,56 @@ def _eval(sub):
     c.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
-def _trained(c):
+def _chat(sub):
+    c = _command(sub, "chat", commands.chat, "talk to a trained model in the terminal")
     c.add_argument("model", nargs="?", default="runs/demo", help="folder of a run, or a GGUF file (%(default)s)")
 
-
-def _chat(sub):
-    _trained(_command(sub, "chat", commands.chat, "talk to a trained model in the terminal"))
-
 # %% ../nbs/98_cli.ipynb #1ce81214
+def _ask(sub):
+    more = """
+
+The rules learn from questions whose SQL is known. When nobody is sure, nothing is guessed: known questions are offered.
+'domain-llm serve --task text2sql' offers the same as a web page."""
+    c = _command(sub, "ask", commands.ask, "answer questions in words from a database", more)
+    c.add_argument("database", metavar="DB", help="SQLite file, or demo: the demo's with its training questions")
+    c.add_argument("question", nargs="?", help="without it, each line of the terminal or of a pipe is a question")
+    _asking(c)
+
+
+def _share(said):
+    "A share from 0 to 1 that was said."
+    share = float(said)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{said} is no share between 0 and 1")
+    return share
+
+
+def _asking(c):
+    rows = "known questions, JSON Lines rows with question and sql (may be repeated)"
+    c.add_argument("--examples", action="append", default=[], metavar="FILE", help=rows)
+    sure = "confidence from which the rules answer (%(default)s)"
+    c.add_argument("--threshold", type=_share, default=THRESHOLD, metavar="SHARE", help=sure)
+    said = "language of what is said, and of the demo (that of the question, and English)"
+    c.add_argument("--lang", choices=("en", "zh"), help=said)
+
+# %% ../nbs/98_cli.ipynb #1d2a3cfa
 def _serve(sub):
     more = """
 
 By default only programs on this machine reach the server, and no web page of another origin may read its answers.
 A key is a password that every request must carry. Put it into the environment variable DOMAIN_LLM_API_KEY: other
 users of the machine can read a key on the command line in the list of processes. Without a key, a web page in
-your browser can still make the server work, and one that uses DNS rebinding can read the answers."""
+your browser can still make the server work, and one that uses DNS rebinding can read the answers.
+
+With --task text2sql it serves answers from a database, as 'domain-llm ask' gives them: a web page and a JSON API."""
     c = _command(sub, "serve", commands.offer, "serve a trained model over an OpenAI-compatible API", more)
-    _trained(c)
+    served = "folder of a run, or a GGUF file (runs/demo); with --task text2sql a SQLite file, or demo"
+    c.add_argument("model", nargs="?", help=served)
+    c.add_argument("--task", choices=("text2sql",), help="serve answers from a database instead")
+    _asking(c)
+    c.add_argument("--store", default="feedback.sqlite", metavar="FILE", help="thumbs up and down (%(default)s)")
+    good = "write the answers in --store that are marked good here, for --examples, and stop"
+    c.add_argument("--feedback", metavar="FILE", help=good)
     c.add_argument("--port", type=int, default=8080, help="(%(default)s)")
     host = "address to listen on; the default is this machine only, any other needs a key"
     c.add_argument("--host", default="127.0.0.1", help=host)
@@ -314,8 +350,8 @@ your browser can still make the server work, and one that uses DNS rebinding can
     c.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help=origin)
     longest = "longest conversation, in tokens; longer ones are refused (%(default)s)"
     c.add_argument("--context", type=int, default=4096, metavar="N", help=longest)
-    slots = "requests answered at the same time, each with its own context in memory (%(default)s)"
-    c.add_argument("--slots", type=int, default=1, metavar="N", help=slots)
+    slots = "requests answered at the same time, each with its own context in memory (1; text2sql 4)"
+    c.add_argument("--slots", type=int, metavar="N", help=slots)
 
 # %% ../nbs/98_cli.ipynb #1dbdbfba
 COMPUTING = ("run", "check", "eval", "ablate")  # commands that use every core
@@ -340,7 +376,7 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as e:
-        said = _shortage(e)
+        said = shortage(e)
         if said is None:
             raise
         return _failed(said)
@@ -350,23 +386,3 @@ def _failed(said):
     "Print an error; gives the exit status."
     print(f"domain-llm: {said}", file=sys.stderr)
     return 2
-
-# %% ../nbs/98_cli.ipynb #29893de6
-def _shortage(e):
-    "What to say when memory or the disk ran out; None for any other error."
-    first = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
-    if out_of_memory(e):
-        return f"memory ran out ({first}). {MEMORY_ADVICE}"
-    if _disk_full(e):
-        return f"the disk is full ({first}). Free some space and run the same command again: finished stages are kept."
-    return None
-
-
-def _disk_full(e):
-    "Whether an error, of whatever library, comes from a disk without room."
-    import errno
-
-    if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    signs = ("No space left", "os error 28", "PytorchStreamWriter failed", "file write failed")
-    return any(sign in str(e) for sign in signs)

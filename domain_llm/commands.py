@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORCE', 'BYTES_PER_TOKEN', 'UNITS', 'run', 'check', 'init', 'schema', 'ablate', 'tidy', 'corpus', 'mix',
-           'chat_or_base', 'vocab', 'questions', 'evaluate', 'chat', 'offer', 'gguf_of']
+           'chat_or_base', 'vocab', 'questions', 'evaluate', 'chat', 'offer', 'ask']
 
 # %% ../nbs/98_commands.ipynb #bf2b328e
 import json
@@ -30,9 +30,12 @@ from .run import experiments, keep
 from .run.pipeline import check_run, final_model, run_recipe
 from .run.recipe import init_recipe
 from .run.settings import recipe_schema
+from .ship.ask import ask_in_terminal, opened
+from .ship.feedback import good_rows
 from .ship.gguf import need_packages
-from .ship.serve import chat_in_terminal, serve
+from .ship.serve import chat_in_terminal, gguf_of, serve
 from .ship.speed import NEEDED, decoding, told_speed
+from .ship.web import SLOTS, serve_answers
 from .train.pretrain import excerpts
 from .train.sft import read_conversations
 from .train.start import advise, described
@@ -360,20 +363,31 @@ def chat(a):
 
 def offer(a):
     "Serve a model over HTTP."
-    serve(gguf_of(a.model), a.host, a.port, a.context, a.slots, a.api_key, a.allow_origin)
+    if a.task == "text2sql":
+        return _offer_answers(a)
+    if a.examples or a.feedback:
+        raise InputError("--examples and --feedback belong to --task text2sql. Say it, or leave them out.")
+    slots = 1 if a.slots is None else a.slots
+    serve(gguf_of(a.model or "runs/demo"), a.host, a.port, a.context, slots, a.api_key, a.allow_origin)
 
 
-def gguf_of(
-    name: str,  # a GGUF file, or the folder of a run
-):
-    "The GGUF file that `name` means. Raises InputError where there is none."
-    path = Path(name)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        said = f"{name} is neither a GGUF file nor the folder of a run."
-        raise InputError(f"{said} Train one first ('domain-llm run'), or name the file.")
-    found = [p for folder in (path, path / "quantize") for p in sorted(folder.glob("*.gguf"))]
-    if not found:
-        raise InputError(f"{name} holds no GGUF file. If it is a run that was cut, 'domain-llm run' resumes it.")
-    return next((p for p in found if "q8_0" in p.name.lower()), found[0])
+def _offer_answers(a):
+    "Serve answers from a database over HTTP, or write the feedback that was kept."
+    if a.feedback:
+        refuse_existing(a.feedback)
+        rows = good_rows(a.store)
+        write_jsonl(a.feedback, rows)
+        return print(f"{len(rows)} answers marked good written to {a.feedback}")
+    if a.allow_origin:
+        raise InputError(
+            "--allow-origin is for the server of a model: this one answers its own page only. Leave it out."
+        )
+    with opened(a.model or "demo", a.examples, a.lang) as source:
+        source |= dict(rules_threshold=a.threshold, lang=a.lang)
+        serve_answers(source, a.store, a.host, a.port, a.api_key, SLOTS if a.slots is None else a.slots)
+
+
+def ask(a):
+    "Answer questions from a database in the terminal."
+    with opened(a.database, a.examples, a.lang) as source:
+        ask_in_terminal(source | dict(rules_threshold=a.threshold, lang=a.lang), a.question)

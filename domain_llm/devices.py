@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEMORY_ADVICE', 'running', 'share_cores', 'versions', 'machine', 'file_lines', 'peak_memory_gb', 'reset_peak_memory',
-           'default_device', 'half_dtype', 'out_of_memory', 'memory_advice']
+           'default_device', 'half_dtype', 'out_of_memory', 'memory_advice', 'shortage', 'disk_full']
 
 # %% ../nbs/91_devices.ipynb #851689ac
 import errno
@@ -174,3 +174,25 @@ def memory_advice(
             raise
         said = shorten(str(e).strip().split("\n")[0] or type(e).__name__, 160, placeholder=" ...").rstrip(".")
         raise InputError(f"memory ran out while {doing} ({said}). {MEMORY_ADVICE}") from e
+
+# %% ../nbs/91_devices.ipynb #700f98ab
+def shortage(
+    e,  # an exception, of whatever library
+):
+    "What to say when memory or the disk ran out; None for any other error."
+    first = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
+    if out_of_memory(e):
+        return f"memory ran out ({first}). {MEMORY_ADVICE}"
+    if disk_full(e):
+        return f"the disk is full ({first}). Free some space and run the same command again: finished stages are kept."
+    return None
+
+
+def disk_full(
+    e,  # an exception, of whatever library
+):
+    "Whether an error, of whatever library, comes from a disk without room."
+    if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    signs = ("No space left", "os error 28", "PytorchStreamWriter failed", "file write failed")
+    return any(sign in str(e) for sign in signs)

@@ -12,6 +12,7 @@ import yaml
 
 from domain_llm import cli, commands, models
 from domain_llm.data.mix import recommend_ratio
+from domain_llm.devices import disk_full
 from domain_llm.judge.stats import detectable
 from domain_llm.run import inputs
 from domain_llm.run.inputs import ROLES, read_inputs
@@ -279,7 +280,7 @@ def test_full_disk_while_writing(tmp_path, capsys):
     ],
 )
 def test_a_full_disk_is_recognised_in_any_library(error, full):
-    assert cli._disk_full(error) is full
+    assert disk_full(error) is full
 
 
 def test_port_in_use(tmp_path, capsys):

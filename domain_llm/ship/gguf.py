@@ -31,13 +31,14 @@ TYPES = {
 }  # name -> llama.cpp's number of the file type
 
 
-def need_packages(*modules):
-    "Raise InputError unless the optional packages are installed."
+def need_packages(*modules, extra="demo"):
+    "Raise InputError unless the optional packages, of an extra, are installed."
     from importlib.util import find_spec
 
     missing = [m for m in modules if find_spec(m) is None]
     if missing:
-        raise InputError(f'this needs {", ".join(m.replace("_", "-") for m in missing)}: pip install -e ".[demo]"')
+        names = ", ".join(m.replace("_", "-") for m in missing)
+        raise InputError(f'this needs {names}: pip install -e ".[{extra}]"')
 
 # %% ../../nbs/51_ship.gguf.ipynb #e2f2f16c
 _WORDS = (
