@@ -120,7 +120,7 @@ def _without_result_names(select):
 
 
 def _tidy(tree, schema):
-    "Leave out names of results, brackets round GROUP BY, INNER, and quotes that are not needed."
+    "Leave out names of results, brackets round GROUP BY, INNER and OUTER, and quotes that are not needed."
     from sqlglot import exp
 
     dialect = schema["dialect"]
@@ -132,7 +132,7 @@ def _tidy(tree, schema):
             if isinstance(key, exp.Paren):
                 key.replace(key.this)
     for join in tree.find_all(exp.Join):
-        join.set("kind", None if join.kind == "INNER" else join.args.get("kind"))
+        join.set("kind", None if join.kind in ("INNER", "OUTER") else join.args.get("kind"))
     for count in tree.find_all(exp.Count):
         if isinstance(count.this, exp.Literal):
             count.set("this", exp.Star())
