@@ -190,6 +190,16 @@ def _grams(text):
     return set(units) | set(zip(units, units[1:]))
 
 
+def _keys(schema):
+    "The columns that identify rows or point to others."
+    out = set()
+    for table, found in schema["tables"].items():
+        out |= {(table.lower(), name.lower()) for name in found["key"]}
+        for column, other, target in found["foreign"]:
+            out |= {(table.lower(), column.lower()), (other.lower(), target.lower())}
+    return out
+
+
 def learn_links(
     rows,  # {"question", "sql"}, the SQL canonical
     schema,  # as from `read_schema`
@@ -197,9 +207,9 @@ def learn_links(
     share: float = 0.9,  # of a word's questions that must have the column
 ):
     "For each word, or pair of words, the columns that it names."
-    seen, together, whole = Counter(), defaultdict(Counter), Counter()
+    seen, together, whole, keys = Counter(), defaultdict(Counter), Counter(), _keys(schema)
     for row in rows:
-        columns = named_columns(row["sql"], schema["dialect"])
+        columns = named_columns(row["sql"], schema["dialect"]) - keys
         whole.update(columns)
         for gram in _grams(_without_values(row["question"], find_values(row["question"], index))):
             seen[gram] += 1
@@ -213,16 +223,18 @@ def learn_links(
 
 # %% ../../nbs/95_ship.linking.ipynb #2f844833
 def _named_here(text, schema):
-    "Tables and columns whose name stands in a text."
+    "Tables and columns whose name stands in a text; of columns with one word those that no other table has."
     units = set(units_of(text))
     units |= {unit.removesuffix("s") for unit in units} | {unit + "s" for unit in units}
+    everywhere = Counter(name.lower() for found in schema["tables"].values() for name in found["columns"])
     out = set()
     for table, found in schema["tables"].items():
         if set(units_of(table.replace("_", " ").lower())) <= units:
             out.add((table.lower(), None))
-        for column in found["columns"]:
-            words = set(units_of(column.replace("_", " ").lower()))
-            out |= {(table.lower(), column.lower())} if len(words) > 1 and words <= units else set()
+        for column in map(str.lower, found["columns"]):
+            words = set(units_of(column.replace("_", " ")))
+            if words <= units and (len(words) > 1 or everywhere[column] == 1):
+                out.add((table.lower(), column))
     return out
 
 
@@ -259,6 +271,16 @@ def _shortest(starts, ends, edges):
     return None
 
 
+def _whole(named, schema):
+    "All columns of the tables of which nothing is named but themselves and their keys."
+    told = {table for table, column in named - _keys(schema) if column}
+    out = set()
+    for table, found in schema["tables"].items():
+        if (table.lower(), None) in named and table.lower() not in told:
+            out |= {(table.lower(), name.lower()) for name in found["columns"]}
+    return out
+
+
 def linked(
     question: str,
     schema,  # as from `read_schema`
@@ -273,12 +295,11 @@ def linked(
     named = _named_here(text, schema)
     for gram in _grams(text) if links else ():
         named |= links.get(gram, set())
-    of_values = [columns for columns in values.values()]
     tables = {table for table, _ in named}
-    for columns in of_values:
-        wanted = {pair for pair in columns if pair[0] in tables} or columns
-        named |= wanted
-    named |= _joining({table for table, _ in named}, schema)
+    for columns in values.values():
+        named |= {pair for pair in columns if pair[0] in tables} or columns
+    named |= {(table, None) for table, _ in named} | _joining({table for table, _ in named}, schema)
+    named |= {(table, None) for table, _ in named} | _whole(named, schema)
     return dict(values=values, literals=literals, columns=named)
 
 # %% ../../nbs/95_ship.linking.ipynb #82261e53
