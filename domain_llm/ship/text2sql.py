@@ -11,7 +11,7 @@ from ..core import InputError
 from ..judge.answers import execution_accuracy
 from ..judge.queries import same_rows
 from .decoding import decode, decode_on_server
-from .grammar import question_grammar
+from .grammar import joined_sets, question_grammar
 from .guard import Refusal
 from .linking import learn_links, linked, prompt, unnamed_literals
 from .rules import plain, value_index
@@ -30,8 +30,8 @@ def sql_setting(
     index = value_index(database, schema)
     constants = unnamed_literals(rows, index, schema["dialect"])
     links = learn_links(rows, schema, index)
-    told = dict(index=index, links=links, constants=constants, linking=linking, grammar=grammar)
-    return told | dict(database=database, schema=schema)
+    told = dict(index=index, links=links, constants=constants, sets=joined_sets(schema))
+    return told | dict(database=database, schema=schema, linking=linking, grammar=grammar)
 
 
 def in_torch(
@@ -72,7 +72,9 @@ def answers_to(
     schema, index = setting["schema"], setting["index"]
     found = [linked(question, schema, index, setting["links"]) for question in questions]
     texts = [prompt(question, f if setting["linking"] else None) for question, f in zip(questions, found)]
-    grammars = [question_grammar(f, schema, setting["constants"], index) for f in found] if setting["grammar"] else None
+    grammars = None
+    if setting["grammar"]:
+        grammars = [question_grammar(f, schema, setting["constants"], index, setting["sets"]) for f in found]
     return list(zip(found, write(texts, grammars)))
 
 # %% ../../nbs/55_ship.text2sql.ipynb #c879b41e
