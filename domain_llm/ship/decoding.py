@@ -79,7 +79,8 @@ def _write(model, tok, prompts, grammars, samples, temperature, most, seed):
     n = len(prompts) * (1 + samples)
     logits, cache, mask = _read(model, tok, prompts, 1 + samples)
     guide = _guide(tok, logits.shape[1]) if grammars else None
-    matchers = [open_matcher(guide, grammar) for grammar in grammars or () for _ in range(1 + samples)]
+    opened = [open_matcher(guide, grammar) for grammar in grammars or ()]
+    matchers = [matcher.deep_copy() for matcher in opened for _ in range(1 + samples)]
     sampled = torch.arange(n, device=model.device) % (1 + samples) > 0
     generator = torch.Generator(model.device).manual_seed(seed)
     ids, scores, going = [[] for _ in range(n)], [0.0] * n, [True] * n
