@@ -8,17 +8,30 @@ __all__ = ['needs_quotes', 'spelled', 'text_literal', 'aliases', 'join_edges', '
 
 # %% ../../nbs/95_ship.linking.ipynb #5d5967fc
 import re
+import sqlite3
 from collections import Counter, defaultdict
+from contextlib import closing
+from functools import lru_cache
 
 from ..data.leaks import units_of
 from .guard import guarded
 from .rules import find_values, plain
 
 # %% ../../nbs/95_ship.linking.ipynb #d5322cd8
+@lru_cache(maxsize=10_000)
 def _is_keyword(name, dialect):
+    "Whether a name means something in SQL, to SQLGlot or to SQLite."
     import sqlglot
 
-    return name.upper() in sqlglot.Dialect.get_or_raise(dialect).tokenizer_class.KEYWORDS
+    keywords = sqlglot.Dialect.get_or_raise(dialect).tokenizer_class.KEYWORDS
+    if name.upper() in {word for keyword in keywords for word in keyword.split()}:
+        return True
+    with closing(sqlite3.connect(":memory:")) as con:
+        try:
+            con.execute(f"SELECT {name}.{name} FROM (SELECT 1 AS {name}) AS {name}")
+        except sqlite3.Error:
+            return True
+    return False
 
 
 def needs_quotes(
@@ -27,7 +40,7 @@ def needs_quotes(
 ):
     "Whether a name must stand in double quotes."
     folded = dialect == "postgres" and name != name.lower()
-    return folded or not re.fullmatch(r"[^\W\d]\w*", name) or _is_keyword(name, dialect)
+    return folded or not re.fullmatch(r"[^\W\d]\w*", name) or _is_keyword(name.lower(), dialect)
 
 
 def spelled(
