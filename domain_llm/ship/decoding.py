@@ -154,12 +154,16 @@ def logprob_after(
         return matcher.validate_tokens(list(taken)) == len(taken) if taken else matcher.is_accepting()
 
     for step in steps:
-        others = [other for other in step["top_logprobs"] if other["id"] != step["id"] and allowed(other)]
+        taken = bytes(step["bytes"])
         if not allowed(step):
             return -math.inf
-        mass = sum(math.exp(other["logprob"]) for other in others) + math.exp(step["logprob"])
-        total += step["logprob"] - math.log(mass)
-        matcher.consume_tokens(list(step["bytes"]))
+        # Where only one text can follow, llguidance allows only the tokenizer's own way to write it.
+        if not taken or not matcher.compute_ff_bytes().startswith(taken):
+            others = [other for other in step["top_logprobs"] if other["id"] != step["id"] and allowed(other)]
+            ends = [other for other in others if not taken and not other["bytes"]]
+            mass = sum(math.exp(other["logprob"]) for other in [step, *others])
+            total += math.log(sum(math.exp(other["logprob"]) for other in [step, *ends])) - math.log(mass)
+        matcher.consume_tokens(list(taken))
     return total
 
 
