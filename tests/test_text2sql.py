@@ -12,9 +12,10 @@ from domain_llm.demo.database import insert_tables, make_composed
 from domain_llm.demo.world import make_world
 from domain_llm.judge.answers import execution_accuracy
 from domain_llm.ship.guard import Refusal
-from domain_llm.ship.linking import canonical, join_order, learn_links, linked, prompt, unnamed_literals
+from domain_llm.ship.linking import learn_links, linked, prompt, unnamed_literals
 from domain_llm.ship.rules import value_index
 from domain_llm.ship.schema import read_schema
+from domain_llm.ship.spelling import canonical, join_order
 from domain_llm.ship.sqlrows import column_values, exchanged, from_templates, sql_messages
 from domain_llm.ship.text2sql import (
     choose_answer,

@@ -16,9 +16,10 @@ from domain_llm.models import tiny
 from domain_llm.ship.decoding import decode, logprob_after
 from domain_llm.ship.grammar import accepts, byte_matcher, column_kinds, joined_sets, question_grammar, sql_grammar
 from domain_llm.ship.guard import guarded
-from domain_llm.ship.linking import canonical, linked
+from domain_llm.ship.linking import linked
 from domain_llm.ship.rules import value_index
 from domain_llm.ship.schema import read_schema
+from domain_llm.ship.spelling import canonical
 from domain_llm.small_world import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

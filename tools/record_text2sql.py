@@ -18,9 +18,9 @@ from domain_llm.demo.world import make_world
 from domain_llm.judge.answers import with_interval
 from domain_llm.models import load
 from domain_llm.results import save_result
-from domain_llm.ship.linking import canonical
 from domain_llm.ship.rules import choose_threshold, learn_rules
 from domain_llm.ship.schema import read_schema
+from domain_llm.ship.spelling import canonical
 from domain_llm.ship.sql import tried
 from domain_llm.ship.sqlrows import column_values, exchanged, sql_messages
 from domain_llm.ship.text2sql import answers_to, confidence, fit_confidence, in_torch, judged, sql_setting

@@ -12,7 +12,7 @@ from itertools import combinations
 
 from ..core import InputError
 from .gguf import need_packages
-from .linking import join_edges, join_order, spelled, text_literal
+from .spelling import join_edges, join_order, spelled, text_literal
 
 # %% ../../nbs/95_ship.grammar.ipynb #56e21608
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?", re.A)
