@@ -8,12 +8,10 @@ The same demo strings give the same files; tests/test_lab.py compares.
 import random
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
 from domain_llm.demo.lab import make_lab
+from domain_llm.small_world import train_pieces
 
 PIECES = 1024
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ASSETS = Path(__file__).resolve().parent.parent / "domain_llm" / "assets"
 FILES = {"en": ASSETS / "small_world_tokenizer.json", "zh": ASSETS / "small_world_tokenizer_zh.json"}
 
@@ -27,18 +25,7 @@ def texts(lang):
 
 def train(lang):
     "The trained tokenizer of a language as JSON text."
-    tok = Tokenizer(models.BPE())
-    alone = pre_tokenizers.Digits(individual_digits=True)
-    tok.pre_tokenizer = pre_tokenizers.Sequence([alone, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=PIECES,
-        special_tokens=SPECIAL,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tok.train_from_iterator(texts(lang), trainer)
-    return tok.to_str()
+    return train_pieces(texts(lang), PIECES).to_str()
 
 
 if __name__ == "__main__":
