@@ -108,7 +108,7 @@ MESSAGES = dict(
     ),
 )
 
-
+# %% ../../nbs/56_ship.ask.ipynb #13a72fc2
 def _words(lang, text):
     "The messages of a language, or of that of a text."
     lang = lang or language(text[:LONGEST])
@@ -165,7 +165,7 @@ def _asked(ask, question):
         logging.getLogger(__name__).exception("a question could not be asked")
         return None, 0.0
 
-
+# %% ../../nbs/56_ship.ask.ipynb #6aaf0a06
 def answer(
     question: str,
     database,  # an open SQLite connection, the path of a SQLite file, or the URL of a PostgreSQL database
@@ -222,7 +222,7 @@ def read_examples(
         out += rows
     return out
 
-
+# %% ../../nbs/56_ship.ask.ipynb #d070d261
 @contextmanager
 def opened(
     database,  # the path of a SQLite file, or demo
@@ -282,7 +282,7 @@ def table_lines(
     ]
     return [lines[0], "  ".join("─" * width for width in widths), *lines[1:]]
 
-
+# %% ../../nbs/56_ship.ask.ipynb #5c04abf3
 def told_answer(
     found,  # as from `answer`
     lang=None,  # en or zh; that of the question when not given

@@ -64,7 +64,7 @@ def on_server(
 
     return write
 
-
+# %% ../../nbs/55_ship.text2sql.ipynb #d2a93821
 def answers_to(
     questions,  # texts
     write,  # as from `in_torch` or `on_server`
@@ -104,7 +104,7 @@ def _groups(rows_of):
             same.append(text)
     return groups
 
-
+# %% ../../nbs/55_ship.text2sql.ipynb #5dab6c50
 def choose_answer(
     answers,  # as from `decode`, the greedy one first
     setting,  # as from `sql_setting`
@@ -142,7 +142,7 @@ def evidence(
     unused = sum(plain(value) not in plain(choice["sql"]) for value in named)
     return [max(choice["logprob"], -20.0), choice["agreement"], float(choice["empty"]), min(unused, 2) / 2]
 
-
+# %% ../../nbs/55_ship.text2sql.ipynb #921b3aaf
 def fit_confidence(
     evidences,  # of questions that the model was not trained on
     correct,  # truth values: was the answer right
@@ -166,7 +166,7 @@ def fit_confidence(
     found = minimize(loss, np.zeros(inputs.shape[1]), method="BFGS")
     return dict(weights=found.x.tolist(), mean=mean.tolist(), scale=scale.tolist())
 
-
+# %% ../../nbs/55_ship.text2sql.ipynb #b46f484e
 def confidence(
     some,  # as from `evidence`
     fitted,  # as from `fit_confidence`
