@@ -17,6 +17,7 @@ import pytest
 from fixtures.plant import EVIL, make_plant
 
 from domain_llm.core import InputError, read_jsonl
+from domain_llm.ship.feedback import good_rows, keep_feedback, open_feedback
 from domain_llm.ship.serve import post
 
 MAIN = "import sys; from domain_llm.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -165,8 +166,12 @@ def test_bad_requests_get_a_message(server, path, body, headers, status, said):
 
 def test_a_body_without_a_length_is_limited_too(server):
     con = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    pieces = (b'{"question": "', *[b"x" * 10_000] * 20, b'"}')
-    con.request("POST", "/ask", iter(pieces), {"Content-Type": "application/json"}, encode_chunked=True)
+    con.putrequest("POST", "/ask")
+    con.putheader("Content-Type", "application/json")
+    con.putheader("Transfer-Encoding", "chunked")
+    con.endheaders()
+    for _ in range(7):  # the body goes on, and nothing is sent behind the limit, where the server closes the door
+        con.send(b"2710\r\n" + b"x" * 10_000 + b"\r\n")
     assert con.getresponse().status == 413
     assert server.request("GET", "/health")[0] == 200
 
@@ -341,3 +346,22 @@ def test_a_database_that_is_gone(start):
         assert str(server.database) not in json.dumps(answer)
     server.stop(signal.SIGKILL)
     assert str(server.database) in (server.database.parent / "log").read_text()
+
+
+@pytest.mark.parametrize("tables", [("feedback (text TEXT)",), ("feedback (question TEXT)", "machines (name TEXT)")])
+def test_a_database_of_somebody_else_is_not_touched(tmp_path, tables):
+    path = tmp_path / "own.sqlite"
+    con = sqlite3.connect(path)
+    for table in tables:
+        con.execute(f"CREATE TABLE {table}")
+    con.commit()
+    con.close()
+    before = path.read_bytes()
+    for use in (
+        lambda: open_feedback(path),
+        lambda: keep_feedback(path, "a", "SELECT 1", True),
+        lambda: good_rows(path),
+    ):
+        with pytest.raises(InputError, match="something else"):
+            use()
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -12,7 +12,7 @@ import random
 import sqlite3
 import time
 
-from domain_llm.core import cache_dir, read_json, write_json
+from domain_llm.core import cache_dir, fingerprint, read_json, write_json
 from domain_llm.demo.database import insert_tables, make_composed
 from domain_llm.demo.world import make_world
 from domain_llm.judge.answers import with_interval
@@ -68,12 +68,15 @@ def trained(train, con, setting, linking, passes, folder):
     return kept_model(folder / f"model_{'linked' if linking else 'plain'}", make, tok), tok
 
 
-def kept_answers(path, rows, write, setting):
-    "What the questions name, with their answers, made at the first call."
-    made = answers_to([row["question"] for row in rows], (lambda texts, _: texts), setting)
-    if not path.exists():
-        write_json(path, [answers for _, answers in answers_to([row["question"] for row in rows], write, setting)])
-    return [(found, answers) for (found, _), answers in zip(made, read_json(path))]
+def kept_write(path, write):
+    "As `write`, with the answers kept in a file and read from there the next time."
+
+    def kept(texts, grammars):
+        if not path.exists():
+            write_json(path, write(texts, grammars))
+        return read_json(path)
+
+    return kept
 
 
 def all_results(train, parts, con, schema, passes, folder):
@@ -85,11 +88,9 @@ def all_results(train, parts, con, schema, passes, folder):
         model, tok = trained(train, con, setting, linking, passes, folder)
         last = name == "linked, grammar"
         for part, rows in parts.items():
-            write, path = (
-                in_torch(model, tok, SAMPLES if last else 0),
-                folder / f"{name}_{part}.json".replace(", ", "_"),
-            )
-            answered = kept_answers(path, rows, write, setting)
+            write = in_torch(model, tok, SAMPLES if last else 0)
+            path = folder / f"{name}_{part}.json".replace(", ", "_")
+            answered = answers_to([row["question"] for row in rows], kept_write(path, write), setting)
             results[name, part] = judged(rows, answered, setting, voting=False)
             if last:
                 results[OURS, part] = judged(rows, answered, setting)
@@ -120,12 +121,12 @@ def main():
     parser.add_argument("--lang", default="en", choices=("en", "zh"))
     parser.add_argument("--passes", type=int, default=2)
     given, started = parser.parse_args(), time.time()
-    folder = cache_dir() / "text2sql" / f"{given.lang}_{given.passes}"
-    folder.mkdir(parents=True, exist_ok=True)
     world, con = make_world(seed=0, lang=given.lang), sqlite3.connect(":memory:")
     insert_tables(con, world["tables"])
     schema = read_schema(con)
     train, parts = make_parts(world, schema, given.lang)
+    folder = cache_dir() / "text2sql" / fingerprint(given.lang, given.passes, SAMPLES, train, parts)
+    folder.mkdir(parents=True, exist_ok=True)
     results = all_results(train, parts, con, schema, given.passes, folder)
     result = dict(lang=given.lang, passes=given.passes, samples=SAMPLES, wanted=WANTED, train=len(train))
     result |= figures(results, parts)

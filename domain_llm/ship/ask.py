@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from ..core import InputError, read_jsonl
+from ..core import InputError, read_jsonl, text_width
 from ..data.tasks import language
 from ..demo.files import write_database
 from ..demo.world import make_world
@@ -23,7 +23,6 @@ from .rules import ask_rules, find_values, learn_rules, plain
 from .schema import is_url, read_schema
 from .serve import typed_lines
 from .sql import run_guarded
-from ..train.picture import text_width
 
 # %% ../../nbs/56_ship.ask.ipynb #bce4d25b
 _VALUE = re.compile(r"'(?:[^']|'')*'|(?<![\w.])\d+(?:\.\d+)?(?!\w)")  # a text or a number in SQL
@@ -122,16 +121,8 @@ def _answered(question, found, by, confidence, words):
     note = words["more"].format(n=len(found["rows"])) if found["note"] else None
     if not found["rows"]:
         note = words["none"]
-    return dict(
-        question=question,
-        sql=found["sql"],
-        columns=found["columns"],
-        rows=found["rows"],
-        note=note,
-        by=by,
-        confidence=confidence,
-        nearest=[],
-    )
+    shown = {key: found[key] for key in ("sql", "columns", "rows")}
+    return dict(shown, question=question, note=note, by=by, confidence=confidence, nearest=[])
 
 
 def _question_back(question, note, confidence, nearest):

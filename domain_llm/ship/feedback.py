@@ -22,8 +22,8 @@ def _store(path):
     "A connection to the file of feedback; what goes wrong with it becomes an InputError."
     try:
         with closing(sqlite3.connect(path, timeout=5)) as con:
-            names = {name for (name,) in con.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            if names and "feedback" not in names:
+            found = dict(con.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'"))
+            if found and found != {"feedback": _TABLE.replace("IF NOT EXISTS ", "")}:
                 raise InputError(f"{path} is a database of something else. Name another file for feedback.")
             con.execute("PRAGMA journal_mode = WAL")
             con.execute("PRAGMA synchronous = FULL")

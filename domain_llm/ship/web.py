@@ -6,7 +6,6 @@
 __all__ = ['Lang', 'Text', 'SLOTS', 'Question', 'Query', 'Feedback', 'Answer', 'make_app', 'serve_answers']
 
 # %% ../../nbs/95_ship.web.ipynb #9576b593
-import asyncio
 import base64
 import hashlib
 import hmac
@@ -47,7 +46,7 @@ Text = Annotated[str, AfterValidator(_whole)]
 class _Body(BaseModel):
     "What a request may say, and nothing else."
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)  # built at its first use, not at the start of every command
 
 
 class Question(_Body):
@@ -76,6 +75,8 @@ class Feedback(_Body):
 
 class Answer(BaseModel):
     "An answer. Values that JSON has no number for are texts."
+
+    model_config = ConfigDict(defer_build=True)
 
     question: str
     sql: str | None
@@ -112,6 +113,8 @@ SLOTS, _WAITING, _AGAIN = 4, 4, 2  # questions at once; waiting for each of thes
 
 def _queue(slots):
     "A function that runs work in a thread when a place is free, or raises HTTPException 503."
+    import asyncio
+
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
 
@@ -287,6 +290,8 @@ async def _read_body(receive):
 
 async def _read_in_time(receive):
     "The body of a request, and why it was not read."
+    import asyncio
+
     try:
         body = await asyncio.wait_for(_read_body(receive), SILENCE)
     except TimeoutError:
