@@ -46,9 +46,8 @@ Text = Annotated[str, AfterValidator(_whole)]
 class _Body(BaseModel):
     "What a request may say, and nothing else."
 
-    model_config = ConfigDict(
-        extra="forbid", defer_build=True
-    )  # built at its first use, not at the start of every command
+    # built at its first use, not at the start of every command
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
 
 class Question(_Body):
