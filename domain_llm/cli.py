@@ -255,8 +255,10 @@ Exit status 0 if every file could be read, 3 if some were skipped."""
     c.add_argument("--count", type=int, action="append", metavar="N", help=pieces)
     c.add_argument("--out", metavar="FOLDER", help="write the model with --count pieces and its tokenizer here")
     c.add_argument("--speed", action="store_true", help="time both models: characters per second")
-    values = "values of the new rows: mean or weighted mean of the old pieces' rows, or random (%(default)s)"
+    values = "values of the new rows: mean or weighted mean of the old pieces' rows, semantic, or random (%(default)s)"
     c.add_argument("--start", default="mean", choices=STARTS, help=values)
+    meanings = "for --start semantic: JSON object of words and what they mean; such a row is the mean of the meaning's"
+    c.add_argument("--descriptions", metavar="FILE", help=meanings)
     c.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 

@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from .core import InputError, refuse_existing, write_json, write_jsonl
+from .core import InputError, read_json, refuse_existing, write_json, write_jsonl
 from .data.clean import clean
 from .data.corpus import build_corpus, corpus_report, hold_out
 from .data.dedup import near_duplicates
@@ -243,6 +243,7 @@ def vocab(a):
             raise InputError("--out writes one model. Say with one --count how many pieces it gets.")
     if a.speed:
         need_packages(*NEEDED)
+    meanings = _descriptions(a)
     if is_adapter(resolve(a.model)):
         raise InputError(f"{a.model} is an adapter. Merge it into its model first, and name the folder.")
     made = build_corpus(a.documents, [])
@@ -256,14 +257,27 @@ def vocab(a):
         print(f"no more than {len(found):,} pieces save two tokens each")
     print(*told(model, found, sorted({min(count, len(found)) for count in counts}), list(held["text"])), sep="\n")
     if a.out or a.speed:
-        _write(a, found, list(held["text"]))
+        _write(a, found, list(held["text"]), meanings)
     return 3 if faults(made["report"]["skipped"]) else 0
 
 
-def _write(a, pieces, held):
+def _descriptions(a):
+    "The words of --descriptions and what they mean; None where none are needed. Raises InputError for another file."
+    if (a.start == "semantic") != bool(a.descriptions):
+        raise InputError("--start semantic and --descriptions FILE need each other. Give both or neither.")
+    if not a.descriptions:
+        return None
+    found = read_json(a.descriptions)
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        said = f"{a.descriptions} is no JSON object of words and what they mean"
+        raise InputError(f'{said}. Write {{"servovalve": "a valve that a signal moves"}}.')
+    return found
+
+
+def _write(a, pieces, held, meanings):
     "Write the model with its pieces, into --out if that is given; with --speed say how fast it writes."
     with tempfile.TemporaryDirectory() as folder:
-        path = write_extended(a.model, pieces, a.out or Path(folder) / "model", a.start, a.trust_remote_code)
+        path = write_extended(a.model, pieces, a.out or Path(folder) / "model", a.start, a.trust_remote_code, meanings)
         if a.speed:
             print(f"decoding with {len(pieces):,} pieces, the two models in turn, for text such as the held-out:")
             print(*told_speed(decoding(a.model, path, held, trust_remote_code=a.trust_remote_code)), sep="\n")
