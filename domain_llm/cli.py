@@ -13,6 +13,7 @@ import sys
 from . import advice, commands
 from .core import InputError
 from .devices import share_cores, shortage
+from .models import DEMO_MODEL
 from .run.arms import abouts
 from .ship.ask import THRESHOLD
 from .train.vocab import STARTS
@@ -29,6 +30,7 @@ EXAMPLES = """examples:
   domain-llm ablate mix                 does replay of general text help? an experiment with seeds and a verdict
   domain-llm chat runs/demo             talk to the result
   domain-llm serve runs/demo            offer it to other programs (OpenAI-compatible, this machine only)
+  domain-llm text2sql demo --out FOLDER train a model that answers questions from a database
   domain-llm ask demo                   answer questions in words from a database
 
 'domain-llm COMMAND --help' explains a command."""
@@ -57,6 +59,7 @@ def _parser():
         _eval,
         _ablate,
         _chat,
+        _text2sql,
         _ask,
         _serve,
     ):
@@ -317,9 +320,38 @@ def _share(said):
     return share
 
 
-def _asking(c):
+def _examples(c):
     rows = "known questions, JSON Lines rows with question and sql (may be repeated)"
     c.add_argument("--examples", action="append", default=[], metavar="FILE", help=rows)
+
+
+def _text2sql(sub):
+    more = """
+
+The model learns from questions whose SQL is known. A part of them is kept back, some kinds of question altogether: from
+those it learns how sure an answer is, and from which confidence on enough of its answers are right. Below that the
+rules answer, or a question comes back. Cut, it goes on with the same command.
+
+  domain-llm text2sql plant.sqlite --examples questions.jsonl --out runs/sql
+  domain-llm ask plant.sqlite --model runs/sql"""
+    said = "train a model that answers questions in words from a database"
+    c = _command(sub, "text2sql", commands.text2sql, said, more)
+    c.add_argument("database", metavar="DB", help="SQLite file, or demo: the demo's with its training questions")
+    _examples(c)
+    c.add_argument("--out", required=True, metavar="FOLDER", help="folder of the model")
+    c.add_argument("--model", dest="base", default=DEMO_MODEL, metavar="MODEL", help="to start from (%(default)s)")
+    c.add_argument("--passes", type=int, default=2, metavar="N", help="over the questions (%(default)s)")
+    rate = "peak learning rate (3e-4 for all weights; 5e-4 for an adapter, from 1 billion parameters on)"
+    c.add_argument("--learning-rate", type=float, metavar="RATE", help=rate)
+    wanted = "share of the answers given that have to be right (%(default)s)"
+    c.add_argument("--wanted", type=_share, default=0.95, metavar="SHARE", help=wanted)
+    c.add_argument("--lang", choices=("en", "zh"), help="language of the demo (English)")
+
+
+def _asking(c):
+    _examples(c)
+    model = "folder that 'domain-llm text2sql' made: its model is asked first, then the rules"
+    c.add_argument("--model", dest="answering", metavar="FOLDER", help=model)
     sure = "confidence from which the rules answer (%(default)s)"
     c.add_argument("--threshold", type=_share, default=THRESHOLD, metavar="SHARE", help=sure)
     said = "language of what is said, and of the demo (that of the question, and English)"
