@@ -10,12 +10,10 @@ import argparse
 import os
 import sys
 
-from . import advice, commands
+from . import advice, ask_command, commands
 from .core import InputError
 from .devices import share_cores, shortage
-from .models import DEMO_MODEL
 from .run.arms import abouts
-from .ship.ask import THRESHOLD
 from .train.vocab import STARTS
 
 # %% ../nbs/98_cli.ipynb #46a4ef51
@@ -301,61 +299,14 @@ def _chat(sub):
     c.add_argument("model", nargs="?", default="runs/demo", help="folder of a run, or a GGUF file (%(default)s)")
 
 # %% ../nbs/98_cli.ipynb #1ce81214
-def _ask(sub):
-    more = """
-
-The rules learn from questions whose SQL is known. When nobody is sure, nothing is guessed: known questions are offered.
-'domain-llm serve --task text2sql' offers the same as a web page."""
-    c = _command(sub, "ask", commands.ask, "answer questions in words from a database", more)
-    c.add_argument("database", metavar="DB", help="SQLite file, or demo: the demo's with its training questions")
-    c.add_argument("question", nargs="?", help="without it, each line of the terminal or of a pipe is a question")
-    _asking(c)
-
-
-def _share(said):
-    "A share from 0 to 1 that was said."
-    share = float(said)
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{said} is no share between 0 and 1")
-    return share
-
-
-def _examples(c):
-    rows = "known questions, JSON Lines rows with question and sql (may be repeated)"
-    c.add_argument("--examples", action="append", default=[], metavar="FILE", help=rows)
-
-
 def _text2sql(sub):
-    more = """
-
-The model learns from questions whose SQL is known. A part of them is kept back, some kinds of question altogether: from
-those it learns how sure an answer is, and from which confidence on enough of its answers are right. Below that the
-rules answer, or a question comes back. Cut, it goes on with the same command.
-
-  domain-llm text2sql plant.sqlite --examples questions.jsonl --out runs/sql
-  domain-llm ask plant.sqlite --model runs/sql"""
     said = "train a model that answers questions in words from a database"
-    c = _command(sub, "text2sql", commands.text2sql, said, more)
-    c.add_argument("database", metavar="DB", help="SQLite file, or demo: the demo's with its training questions")
-    _examples(c)
-    c.add_argument("--out", required=True, metavar="FOLDER", help="folder of the model")
-    c.add_argument("--model", dest="base", default=DEMO_MODEL, metavar="MODEL", help="to start from (%(default)s)")
-    c.add_argument("--passes", type=int, default=2, metavar="N", help="over the questions (%(default)s)")
-    rate = "peak learning rate (3e-4 for all weights; 5e-4 for an adapter, from 1 billion parameters on)"
-    c.add_argument("--learning-rate", type=float, metavar="RATE", help=rate)
-    wanted = "share of the answers given that have to be right (%(default)s)"
-    c.add_argument("--wanted", type=_share, default=0.95, metavar="SHARE", help=wanted)
-    c.add_argument("--lang", choices=("en", "zh"), help="language of the demo (English)")
+    ask_command.making(_command(sub, "text2sql", ask_command.text2sql, said, ask_command.MAKING))
 
 
-def _asking(c):
-    _examples(c)
-    model = "folder that 'domain-llm text2sql' made: its model is asked first, then the rules"
-    c.add_argument("--model", dest="answering", metavar="FOLDER", help=model)
-    sure = "confidence from which the rules answer (%(default)s)"
-    c.add_argument("--threshold", type=_share, default=THRESHOLD, metavar="SHARE", help=sure)
-    said = "language of what is said, and of the demo (that of the question, and English)"
-    c.add_argument("--lang", choices=("en", "zh"), help=said)
+def _ask(sub):
+    said = "answer questions in words from a database"
+    ask_command.asking(_command(sub, "ask", ask_command.ask, said, ask_command.ASKING))
 
 # %% ../nbs/98_cli.ipynb #1d2a3cfa
 def _serve(sub):
@@ -371,7 +322,7 @@ With --task text2sql it serves answers from a database, as 'domain-llm ask' give
     served = "folder of a run, or a GGUF file (runs/demo); with --task text2sql a SQLite file, or demo"
     c.add_argument("model", nargs="?", help=served)
     c.add_argument("--task", choices=("text2sql",), help="serve answers from a database instead")
-    _asking(c)
+    ask_command.answering(c)
     c.add_argument("--store", default="feedback.sqlite", metavar="FILE", help="thumbs up and down (%(default)s)")
     good = "write the answers in --store that are marked good here, for --examples, and stop"
     c.add_argument("--feedback", metavar="FILE", help=good)
