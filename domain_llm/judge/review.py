@@ -64,7 +64,7 @@ def rate_interval(
         return None, None
     low, high = ratio_interval(scores, groups=groups)
     half, spread = (high - low) / 2, p * (1 - p)
-    q = half**2 / spread if half > 1e-9 and spread > 1e-9 else t.ppf(0.975, G - 1) ** 2 / G
+    q = half**2 / spread if half > 1e-9 and spread > 1e-9 else float(t.ppf(0.975, G - 1)) ** 2 / G
     width = math.sqrt(q * spread + q * q / 4)
     return max(0.0, (p + q / 2 - width) / (1 + q)), min(1.0, (p + q / 2 + width) / (1 + q))
 
@@ -72,12 +72,13 @@ def rate_interval(
 def win_rates(
     marks,  # as in `checked_marks`
 ):
-    """For each pair of models that was compared a dict of a, b, rate (of a), low, high, n (marks), groups, wins,
-    losses, ties and both_bad."""
+    """For each pair of models that was compared a dict of a, b, rate (of a, which won more), low, high, n (marks),
+    groups, wins, losses, ties and both_bad."""
     pairs = {}
     for row in checked_marks(marks):
         pairs.setdefault(tuple(sorted((row["left"], row["right"]))), []).append(row)
-    return [_rate(a, b, rows) for (a, b), rows in sorted(pairs.items())]
+    found = [_rate(a, b, rows) for (a, b), rows in sorted(pairs.items())]
+    return [_rate(r["b"], r["a"], pairs[r["a"], r["b"]]) if r["rate"] < 0.5 else r for r in found]
 
 
 def _rate(a, b, rows):
@@ -194,7 +195,7 @@ def bradley_terry(
     left, right = zip(*pairs)
     first = [evalica.Winner.X] * len(pairs)
     found = evalica.bradley_terry(left, right, first, weights=weights, tolerance=1e-8, limit=10_000)
-    s = np.log(found.scores.reindex(range(K)).to_numpy())
+    s = np.log(found.scores.sort_index().to_numpy())
     return s - s.mean()
 
 # %% ../../nbs/37_judge.review.ipynb #4f920af8

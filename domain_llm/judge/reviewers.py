@@ -8,7 +8,6 @@ __all__ = ['ERROR', 'alpha', 'agreement', 'self_agreement', 'allowed_misses', 's
 
 # %% ../../nbs/94_judge.reviewers.ipynb #ef974483
 import math
-from collections import Counter
 from itertools import combinations
 from statistics import fmean
 
