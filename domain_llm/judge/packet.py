@@ -46,12 +46,17 @@ def equalized(
 CALIBRATION = 12  # calibration items
 
 
+def _asked(row):
+    "What a question shows of itself: its text, and its task, by whose absence an item would be known."
+    return {key: row[key] for key in ("question", "task") if row.get(key)}
+
+
 def made_calibration(
     questions,  # rows {"question"}, some with reference
     n: int = CALIBRATION,  # items wanted; at most a fifth of the questions are used up
     seed: int = 0,
 ):
-    "Rows {question, good, bad}; their questions are then used up."
+    "Rows {question, task, good, bad}; their questions are then used up."
     rng = random.Random(f"{seed}/calibration")
     known = [i for i, row in enumerate(questions) if row.get("reference")]
     rows = []
@@ -60,7 +65,7 @@ def made_calibration(
         same = [j for j in known if questions[j].get("task") == questions[i].get("task")]
         others = [text for text in (equalized(questions[j]["reference"]) for j in same) if text != good]
         if others:
-            rows.append(dict(question=questions[i]["question"], good=good, bad=rng.choice(others)))
+            rows.append({**_asked(questions[i]), "good": good, "bad": rng.choice(others)})
     return rows
 
 # %% ../../nbs/94_judge.packet.ipynb #0b58ec9e

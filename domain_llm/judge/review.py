@@ -182,21 +182,33 @@ def _check_connected(won, models):
         )
 
 
-def bradley_terry(
-    won,  # points [models, models]: what each model won from each other one, halves for ties
-):
-    "Strengths in log odds with mean 0, half a win added each way for every pair."
+_BLOCKS = 50  # fits in one call of evalica: sets of models that never meet do not disturb each other
+
+
+def _fitted(won):
+    "Strengths [fits, models] of points [fits, models, models]."
     import evalica
     import numpy as np
 
-    K = len(won)
-    pairs = [(i, j) for i in range(K) for j in range(K) if i != j]
-    weights = [float(won[pair]) + _HALF_WIN for pair in pairs]
-    left, right = zip(*pairs)
-    first = [evalica.Winner.X] * len(pairs)
-    found = evalica.bradley_terry(left, right, first, weights=weights, tolerance=1e-8, limit=10_000)
-    s = np.log(found.scores.sort_index().to_numpy())
-    return s - s.mean()
+    fits, K, _ = won.shape
+    first, left, right = np.nonzero(np.broadcast_to(~np.eye(K, dtype=bool), won.shape))
+    weights = (won[first, left, right] + _HALF_WIN).tolist()
+    pairs = ((first * K + left).tolist(), (first * K + right).tolist(), [evalica.Winner.X] * len(first))
+    found = evalica.bradley_terry(*pairs, weights=weights, tolerance=1e-8, limit=10_000)
+    s = np.log(found.scores.sort_index().to_numpy()).reshape(fits, K)
+    return s - s.mean(1, keepdims=True)
+
+
+def bradley_terry(
+    won,  # points [..., models, models]: what each model won from each other one, halves for ties
+):
+    "Strengths [..., models] in log odds with mean 0, half a win added each way for every pair."
+    import numpy as np
+
+    won = np.asarray(won, dtype=float)
+    flat = won.reshape(-1, *won.shape[-2:])
+    parts = [_fitted(flat[i : i + _BLOCKS]) for i in range(0, len(flat), _BLOCKS)]
+    return np.concatenate(parts).reshape(won.shape[:-1])
 
 # %% ../../nbs/37_judge.review.ipynb #4f920af8
 def _differences(models, s, draws, G):
@@ -236,7 +248,7 @@ def strengths(
     if G < 2:
         raise InputError("all marks are on one group of questions: they tell nothing of others. Judge more.")
     counts = np.random.default_rng(seed).multinomial(G, [1 / G] * G, size=resamples)
-    draws = np.stack([bradley_terry(np.tensordot(c, won, 1)) for c in counts])
+    draws = bradley_terry(np.tensordot(counts, won, 1))
     s, first = bradley_terry(total), np.bincount(draws.argmax(1), minlength=len(models)) / resamples
     half = t.ppf(0.975, G - 1) * draws.std(0, ddof=1) * math.sqrt(G / (G - 1))
     found = {}
