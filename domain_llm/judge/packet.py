@@ -239,10 +239,8 @@ def _told(questions, reviewers, pairs, same):
     least = detectable_rate(questions, **size) if questions > 1 else None
     if least is None:
         return [f"{questions} questions tell no preference from 50% with a power of 80%: ask more"]
-    assumed = f"assumed: {size['ties']:.0%} ties, correlation of reviewers 0.5"
-    told = (
-        f"{questions} questions and {reviewers} reviewers tell a {least:.0%} preference from 50% (power 80%; {assumed})"
-    )
+    assumed = f"power 80%; assumed: {size['ties']:.0%} ties, correlation of reviewers 0.5"
+    told = f"{questions} questions and {reviewers} reviewers tell a {least:.0%} preference from 50% ({assumed})"
     if least <= 0.6:
         return [told]
     needed = questions_needed(0.6, **size) if (1 - size["ties"]) / 4 > 0.0101 else None
