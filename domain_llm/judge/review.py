@@ -109,7 +109,9 @@ def review_power(
             "and a win rate that leaves room for the ties."
         )
     se = math.sqrt(spread / questions * (1 + (reviewers - 1) * correlation) / reviewers)
-    bar, off = t.ppf(1 - 0.025 / comparisons, questions - 1), (rate - 0.5) / se
+    bar, off = t.ppf(1 - 0.025 / comparisons, questions - 1), abs(rate - 0.5) / se
+    if questions > 5 and off > bar + 6:  # hardly ever missed; and the distribution below loses its digits there
+        return 1.0
     return float(nct.sf(bar, questions - 1, off) + nct.cdf(-bar, questions - 1, off))
 
 
