@@ -169,14 +169,9 @@ def build_packet(
             key.append(_key_row(item, f"R{n}", role, q, row, left, right))
     packet = dict(questions=asked, answers=listed, reviewers=shown, rubric=rubric or {})
     packet["id"] = fingerprint(packet)
-    return packet, dict(
-        packet=packet["id"],
-        seed=seed,
-        models=sorted(answers),
-        rule=rule(len(known)),
-        items=key,
-        same=[dict(_key_row("", "", "same", q, questions[q], a, b)) for q, a, b in same],
-    )
+    equal = [_key_row("", "", "same", q, questions[q], a, b) for q, a, b in same]
+    whole = dict(packet=packet["id"], seed=seed, models=sorted(answers), rule=rule(len(known)), items=key, same=equal)
+    return packet, whole
 
 
 def _key_row(item, reviewer, role, q, row, left, right):

@@ -115,6 +115,12 @@ class Mark(BaseModel):
     scores: dict[str, list[Annotated[int, Field(ge=1, le=5)]]] = Field({}, description="criterion -> points of A and B")
 
 
+def _reviewer_of(header, tokens):
+    "The reviewer whose secret a request carries; the door lets no other request in."
+    given = header.removeprefix("Bearer ").encode()
+    return next(name for name, secret in tokens.items() if hmac.compare_digest(given, secret.encode()))
+
+
 def make_review_app(
     packet: dict,  # as from `build_packet`
     store,  # SQLite file for marks
@@ -129,9 +135,7 @@ def make_review_app(
     page = review_page(dict(server=True))
 
     def who(request):
-        "The reviewer whose secret a request carries; the door lets no other request in."
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        return next(name for name, secret in tokens.items() if hmac.compare_digest(given, secret.encode()))
+        return _reviewer_of(request.headers.get("authorization", ""), tokens)
 
     @app.get("/")
     def start():
