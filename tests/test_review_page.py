@@ -401,6 +401,9 @@ def test_a_judge_that_always_takes_the_first_is_found_out(tmp_path, endpoint):
     asked = len(heard)
     collect_review(*given, judge=dict(url=url + "/v1", model="m", key="k"))
     assert len(heard) == asked == 2 * 16
+    replies[:] = ["I cannot say."]
+    silent = collect_review(*given, judge=dict(url=url, model="another"))["judge"]
+    assert silent["unclear"] == 32 and silent["agreement"] is silent["position"] is silent["longer"] is None
 
 
 def test_replies_without_a_mark_are_counted_and_errors_are_said(tmp_path, endpoint):

@@ -209,7 +209,8 @@ def collect_review(
         packet = read_json(Path(key_file).parent / "packet.json")
         judged, unclear = judge_marks(judge_items(packet, key), kept=Path(out) / "judge.jsonl", **judge)
         people = [row for row in _with_role(rows, "compare") if row["reviewer"] not in found["failed"]]
-        found["judge"] = beside_people(people, judged) | dict(unclear=unclear, rates=win_rates(judged))
+        rates = win_rates(judged) if judged else []
+        found["judge"] = beside_people(people, judged) | dict(unclear=unclear, rates=rates)
     write_json(Path(out) / "result.json", found)
     figures = dict(rates=svg(rates_plot(found["rates"])), strengths=svg(strengths_plot(found["choice"])))
     values = dict(found=found, figures=figures, reviewers=_said_reviewers(found), ignored=IGNORED)
