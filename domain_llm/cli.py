@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from . import advice, ask_command, commands
+from . import advice, ask_command, commands, review_command
 from .core import InputError
 from .devices import share_cores, shortage
 from .run.arms import abouts
@@ -30,6 +30,7 @@ EXAMPLES = """examples:
   domain-llm serve runs/demo            offer it to other programs (OpenAI-compatible, this machine only)
   domain-llm text2sql demo --out FOLDER train a model that answers questions from a database
   domain-llm ask demo                   answer questions in words from a database
+  domain-llm review A B --questions Q   let people judge the answers of two models, blind
 
 'domain-llm COMMAND --help' explains a command."""
 
@@ -60,6 +61,7 @@ def _parser():
         _text2sql,
         _ask,
         _serve,
+        _review,
     ):
         add(sub)
     return p
@@ -338,8 +340,13 @@ With --task text2sql it serves answers from a database, as 'domain-llm ask' give
     slots = "requests answered at the same time, each with its own context in memory (1; text2sql 4)"
     c.add_argument("--slots", type=int, metavar="N", help=slots)
 
+
+def _review(sub):
+    said = "let people judge the answers of models, blind"
+    review_command.arguments(_command(sub, "review", review_command.review, said, review_command.MORE))
+
 # %% ../nbs/98_cli.ipynb #1dbdbfba
-COMPUTING = ("run", "check", "eval", "ablate")  # commands that use every core
+COMPUTING = ("run", "check", "eval", "ablate", "review")  # commands that use every core
 
 
 def main(
