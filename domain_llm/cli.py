@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from . import commands
+from . import commands, quantize_command
 from .core import InputError
 from .devices import share_cores, shortage
 from .run.arms import abouts
@@ -27,6 +27,7 @@ EXAMPLES = """examples:
   domain-llm chat-or-base answers.jsonl which model to start fine-tuning from, and what that advice rests on
   domain-llm vocab manuals/ --model M   what new pieces for the domain's words would save, and what they cost
   domain-llm ablate mix                 does replay of general text help? an experiment with seeds and a verdict
+  domain-llm quantize runs/demo         the smallest file that answers as well as the original, by your own exam
   domain-llm chat runs/demo             talk to the result
   domain-llm serve runs/demo            offer it to other programs (OpenAI-compatible, this machine only)
   domain-llm ask demo                   answer questions in words from a database
@@ -56,6 +57,7 @@ def _parser():
         _questions,
         _eval,
         _ablate,
+        _quantize,
         _chat,
         _ask,
         _serve,
@@ -295,6 +297,11 @@ def _chat(sub):
     c = _command(sub, "chat", commands.chat, "talk to a trained model in the terminal")
     c.add_argument("model", nargs="?", default="runs/demo", help="folder of a run, or a GGUF file (%(default)s)")
 
+# %% ../nbs/98_cli.ipynb #65a4b1ce
+def _quantize(sub):
+    work, said, more = quantize_command.quantize, quantize_command.SAID, quantize_command.MORE
+    quantize_command.options(_command(sub, "quantize", work, said, more))
+
 # %% ../nbs/98_cli.ipynb #1ce81214
 def _ask(sub):
     more = """
@@ -354,7 +361,7 @@ With --task text2sql it serves answers from a database, as 'domain-llm ask' give
     c.add_argument("--slots", type=int, metavar="N", help=slots)
 
 # %% ../nbs/98_cli.ipynb #1dbdbfba
-COMPUTING = ("run", "check", "eval", "ablate")  # commands that use every core
+COMPUTING = ("run", "check", "eval", "ablate", "quantize")  # commands that use every core
 
 
 def main(
