@@ -94,7 +94,7 @@ def distance(
     tok,  # their tokenizer
     texts: list,
 ):
-    "Mean divergence `kl` in nats with `low`, `high` over texts, the share `same` of equal likeliest tokens, and `places`."
+    "Mean divergence `kl` in nats with `low`, `high` over texts; share `same` of equal likeliest tokens; `places`."
     first = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
     apart, equal, places = [], 0, []
     for text in texts:
@@ -102,7 +102,7 @@ def distance(
         q, p = (_log_probabilities(m, ids) for m in (model, original))
         width = min(q.shape[1], p.shape[1])  # one of them may have rows that belong to no token
         p, q = p[:, :width], q[:, :width]
-        apart.append(float((p.exp() * (p - q)).sum()))
+        apart.append(max(0.0, float((p.exp() * (p - q)).sum())))  # rounding can leave less than nothing
         equal += int((p.argmax(-1) == q.argmax(-1)).sum())
         places.append(len(ids))
     low, high = ratio_interval(apart, places)

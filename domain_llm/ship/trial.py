@@ -192,6 +192,6 @@ def picture(
         ax.margins(x=0.15)
         ax.spines[["top", "right"]].set_visible(False)
     for state, colour in _COLOURS.items():
-        axes[0][-1].plot([], [], "o", color=colour, label=state)
-    axes[0][-1].legend(frameon=False, fontsize=8, loc="lower right")
+        axes[0][0].plot([], [], "o", color=colour, label=state)
+    fig.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return fig
