@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from . import advice, ask_command, commands, review_command
+from . import advice, ask_command, commands, quantize_command, review_command
 from .core import InputError
 from .devices import share_cores, shortage
 from .run.arms import abouts
@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   domain-llm chat-or-base answers.jsonl which model to start fine-tuning from, and what that advice rests on
   domain-llm vocab manuals/ --model M   what new pieces for the domain's words would save, and what they cost
   domain-llm ablate mix                 does replay of general text help? an experiment with seeds and a verdict
+  domain-llm quantize runs/demo         the smallest file that answers as well as the original, by your own exam
   domain-llm chat runs/demo             talk to the result
   domain-llm serve runs/demo            offer it to other programs (OpenAI-compatible, this machine only)
   domain-llm text2sql demo --out FOLDER train a model that answers questions from a database
@@ -57,6 +58,7 @@ def _parser():
         _questions,
         _eval,
         _ablate,
+        _quantize,
         _chat,
         _text2sql,
         _ask,
@@ -299,6 +301,11 @@ def _eval(sub):
 def _chat(sub):
     c = _command(sub, "chat", commands.chat, "talk to a trained model in the terminal")
     c.add_argument("model", nargs="?", default="runs/demo", help="folder of a run, or a GGUF file (%(default)s)")
+
+# %% ../nbs/98_cli.ipynb #65a4b1ce
+def _quantize(sub):
+    work, said, more = quantize_command.quantize, quantize_command.SAID, quantize_command.MORE
+    quantize_command.options(_command(sub, "quantize", work, said, more))
 
 # %% ../nbs/98_cli.ipynb #1ce81214
 def _text2sql(sub):

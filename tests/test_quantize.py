@@ -526,7 +526,7 @@ def test_check_finds_what_is_wrong(made, tok, tmp_path, change):
     "folder,types,match",
     [
         ("nothing", "q8_0", "no model"),
-        ("merged", "q4_k_m", "q4_k_m"),
+        ("merged", "q4_k", "q4_k_m"),
         ("merged", "q8", "q8_0"),
         ("empty", "q8_0", "config.json"),
     ],
