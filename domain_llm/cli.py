@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from . import commands
+from . import commands, plan_command
 from .core import InputError
 from .devices import share_cores, shortage
 from .run.arms import abouts
@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   domain-llm run                        the demo: a made-up industry, about ten minutes on a laptop CPU
   domain-llm init manuals/              write recipe.yaml for your own folder of documents
   domain-llm check recipe.yaml          read everything and say what would go wrong, before any training
+  domain-llm plan --model M             what fits your card, how to train and to serve it, before any download
   domain-llm run recipe.yaml            train on it; the same command resumes after an interruption
   domain-llm mix manuals/               how much general text to mix in, and what that advice rests on
   domain-llm chat-or-base answers.jsonl which model to start fine-tuning from, and what that advice rests on
@@ -48,6 +49,7 @@ def _parser():
         _check,
         _tidy,
         _init,
+        _plan,
         _schema,
         _corpus,
         _mix,
@@ -141,6 +143,11 @@ VS Code with the YAML extension) complete settings, explain them and mark mistak
     c.add_argument("documents", help="folder with PDF, HTML, Markdown, DOCX, TXT or JSONL files")
     c.add_argument("--recipe", default="recipe.yaml", metavar="FILE", help="file to write (%(default)s)")
     _force(c)
+
+
+def _plan(sub):
+    said = "say what fits a card, how to train and serve it, and why, before anything is downloaded"
+    plan_command.arguments(_command(sub, "plan", plan_command.plan, said, plan_command.MORE))
 
 
 def _schema(sub):

@@ -13,8 +13,6 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from .run.amounts import conversations_said, number_said, tokens_said
-
 from .core import InputError, refuse_existing, write_json, write_jsonl
 from .data.clean import clean
 from .data.corpus import build_corpus, corpus_report, hold_out
@@ -29,6 +27,7 @@ from .judge.score import bits_per_byte
 from .judge.stats import paired
 from .models import is_adapter, load, resolve
 from .run import experiments, keep
+from .run.amounts import conversations_said, number_said, tokens_said
 from .run.pipeline import check_run, final_model, run_recipe
 from .run.recipe import init_recipe
 from .run.settings import recipe_schema
