@@ -14,6 +14,7 @@ from . import commands, plan_command
 from .core import InputError
 from .devices import share_cores, shortage
 from .run.arms import abouts
+from .run.recipe import PRESETS
 from .ship.ask import THRESHOLD
 from .train.vocab import STARTS
 
@@ -142,6 +143,7 @@ VS Code with the YAML extension) complete settings, explain them and mark mistak
     c = _command(sub, "init", commands.init, "write a commented recipe for a folder of documents", more)
     c.add_argument("documents", help="folder with PDF, HTML, Markdown, DOCX, TXT or JSONL files")
     c.add_argument("--recipe", default="recipe.yaml", metavar="FILE", help="file to write (%(default)s)")
+    c.add_argument("--like", choices=PRESETS, help="do as this published work did, instead of the usual settings")
     _force(c)
 
 
