@@ -417,3 +417,13 @@ def test_a_local_folder_is_planned_by_its_configuration(tmp_path, capsys):
     config_of("llama", row).save_pretrained(tmp_path)
     assert cli.main(["plan", "--model", str(tmp_path), "--gpus", "1x8GB", "--samples", "5k"]) == 0
     assert "134,515,008 parameters" in capsys.readouterr().out
+
+
+def test_without_cards_the_plan_is_for_this_machine(capsys, monkeypatch):
+    "Of a CPU that does not compute in 16 bits: wider weights, no published speed."
+    monkeypatch.setattr("domain_llm.plan_command.this_device", lambda: dict(kind="cpu", half=4, free=16e9))
+    assert cli.main(["plan", "--model", "Qwen/Qwen2.5-0.5B", "--samples", "5000"]) == 0
+    said = capsys.readouterr().out
+    assert "14.4 of 16.0 GB may be used" in said and "time         not known" in said
+    assert cli.main(["plan", "--model", "Qwen/Qwen2.5-0.5B", "--samples", "5k", "--tokens-per-second", "20"]) == 0
+    assert "about 27.8 h" in capsys.readouterr().out  # 2 million tokens

@@ -14,6 +14,7 @@ from domain_llm.core import InputError, read_json
 from domain_llm.models import is_adapter, load, tiny
 from domain_llm.run import keep
 from domain_llm.run.plan import GPU, disk_parts
+from domain_llm.run.families import family_size, known_model
 from domain_llm.run.preflight import preflight_of, start_findings
 from domain_llm.run.recipe import check_recipe
 from domain_llm.run.stages import identities, marks, stages
@@ -255,7 +256,7 @@ def test_a_base_model_without_a_template_asks_for_its_chat_model(pair, tok, tmp_
 
 def test_the_note_names_the_start_and_the_rule():
     cfg = check_recipe(PAIR | dict(demo=8, sft=dict(start="chat")))
-    gpu, size = dict(kind="cuda", free=80e9), dict(parameters=1e9)
+    gpu, size = dict(kind="cuda", free=80e9, half=2), family_size(known_model("Qwen/Qwen3-1.7B"))
     (note,) = start_findings(cfg, 300, size, gpu)
     assert note["level"] == "note" and "starts from owner/chat" in note["said"] and "a chat model" in note["said"]
     (note,) = start_findings(check_recipe(PAIR | dict(demo=8)), 200_000, size, gpu)

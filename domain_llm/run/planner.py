@@ -142,10 +142,11 @@ def smallest_need(
     size: dict,  # from `sizes`
     method: str,
     length: int = 1024,  # tokens in a row
+    device: dict = GPU,  # as from `plan.this_device`
 ):
     "Bytes of training by a method, one row in a pass, with checkpointing."
     set_ = dict(method=method, length=length, batch=1, gradient_checkpointing=True, rank=RANK)
-    return sum(memory_parts(set_, size, GPU).values())
+    return sum(memory_parts(set_, size, device).values())
 
 
 def largest(

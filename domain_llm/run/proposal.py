@@ -47,7 +47,7 @@ def line(
 def _start(asked, size, device):
     "The advice on the start, and the methods in the order in which they are wanted."
     gpus = asked["cards"]["number"] if asked.get("cards") else int(device["kind"] == "cuda")
-    needs = {method: smallest_need(size, method) / GB for method in ("full", "lora")}
+    needs = {method: smallest_need(size, method, device=device) / GB for method in ("full", "lora")}
     if not asked.get("samples"):
         order = METHODS if needs["full"] <= USABLE * device["free"] / GB else METHODS[1:]
         return None, order
