@@ -31,7 +31,7 @@ from domain_llm.run.recipe import read_recipe
 from domain_llm.run.settings import Method
 from domain_llm.run.trainers import compared, published, tokens_per_second
 from domain_llm.train.loop import TRAIN_DEFAULTS
-from domain_llm.train.start import FULL, LORA
+from domain_llm.train.start import FULL, LORA, advise
 
 
 def size(name):
@@ -191,6 +191,15 @@ def test_the_rule_of_thumb_counts_with_the_same_memory(seven):
     assert fixed == FULL * seven["parameters"]
     lora = need(seven, rank=TRAIN_DEFAULTS["rank"], gradient_checkpointing=True)
     assert lora / seven["parameters"] == pytest.approx(LORA, rel=0.1)
+
+
+def test_the_rule_takes_what_was_worked_out():
+    "20 bytes a parameter would be 140 GB; with a smaller need that was worked out, full tuning fits."
+    found = advise(200_000, 7e9, 80, needs=dict(full=70, lora=10))
+    assert (found["start"], found["method"]) == ("base", "full")
+    assert "holds about 70 GB, LoRA about 10 GB; one GPU has 80 GB" in " ".join(found["reasons"])
+    assert advise(200_000, 7e9, 80)["start"] == "either"
+    assert advise(2_000, 7e9, 8, needs=dict(full=70, lora=10))["method"] == "none"
 
 
 # Published measurements

@@ -13,8 +13,8 @@ from domain_llm import cli
 from domain_llm.core import InputError, read_json
 from domain_llm.models import is_adapter, load, tiny
 from domain_llm.run import keep
-from domain_llm.run.plan import GPU, disk_parts
 from domain_llm.run.families import family_size, known_model
+from domain_llm.run.plan import GPU, disk_parts
 from domain_llm.run.preflight import preflight_of, start_findings
 from domain_llm.run.recipe import check_recipe
 from domain_llm.run.stages import identities, marks, stages
