@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from . import commands, plan_command
+from . import advice, commands, plan_command
 from .core import InputError
 from .devices import share_cores, shortage
 from .run.arms import abouts
@@ -211,7 +211,7 @@ Training on domain text alone makes a model forget. How much general text to mix
 there is: little text is passed over several times and wants more. The advice names the published runs that it rests
 on, and how far they carry. Check it with two or three short runs: 'domain-llm ablate mix'."""
     said = "recommend how much general text to mix with the domain's"
-    c = _command(sub, "mix", commands.mix, said, more)
+    c = _command(sub, "mix", advice.mix, said, more)
     size = "tokens of domain text after cleaning (3000000, 3e6 or 3M), or a folder, counted at 4 bytes a token"
     c.add_argument("corpus", metavar="TOKENS|FOLDER", help=size)
     far = "the domain is a new language or notation for the model"
@@ -231,7 +231,7 @@ In a recipe:
   chat_model: Qwen/Qwen3-0.6B           the chat model that was made of it
   sft: {start: chat}                    fine-tuning starts from the chat model; left out: from the base
   chat_vector: true                     instead of that line: train on the base, then add what made the chat model"""
-    c = _command(sub, "chat-or-base", commands.chat_or_base, "say which model to start fine-tuning from, and why", more)
+    c = _command(sub, "chat-or-base", advice.chat_or_base, "say which model to start fine-tuning from, and why", more)
     c.add_argument("conversations", metavar="NUMBER|FILE", help="conversations of the domain (5000, 5k), or their file")
     c.add_argument("--parameters", metavar="N", help="of the model, such as 7B or 600M")
     c.add_argument("--memory", type=float, metavar="GB", help="of one GPU, or of the machine where there is none")
@@ -257,15 +257,17 @@ is cut as before, and llama.cpp cuts alike. A recipe takes the folder (model: ex
 (method: full) or an adapter and the new rows (method: lora).
 Exit status 0 if every file could be read, 3 if some were skipped."""
     said = "say what new pieces for a domain's words would save and cost, before any training"
-    c = _command(sub, "vocab", commands.vocab, said, more)
+    c = _command(sub, "vocab", advice.vocab, said, more)
     c.add_argument("documents", nargs="+", help="folders, files or hub data sets")
     c.add_argument("--model", required=True, metavar="MODEL", help="hub id or model folder")
     pieces = "number of new pieces (may be repeated; 100, 500 and 2,000 when not given)"
     c.add_argument("--count", type=int, action="append", metavar="N", help=pieces)
     c.add_argument("--out", metavar="FOLDER", help="write the model with --count pieces and its tokenizer here")
     c.add_argument("--speed", action="store_true", help="time both models: characters per second")
-    values = "values of the new rows: mean or weighted mean of the old pieces' rows, or random (%(default)s)"
+    values = "values of the new rows: mean or weighted mean of the old pieces' rows, semantic, or random (%(default)s)"
     c.add_argument("--start", default="mean", choices=STARTS, help=values)
+    meanings = "for --start semantic: JSON object of words and what they mean; such a row is the mean of the meaning's"
+    c.add_argument("--descriptions", metavar="FILE", help=meanings)
     c.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 

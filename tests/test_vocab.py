@@ -287,6 +287,31 @@ def test_rows_are_the_mean_or_the_weighted_mean_of_the_old(small):
             torch.testing.assert_close(head[number], ahead @ before[1][pieces], atol=1e-6, rtol=1e-5)
 
 
+def test_rows_of_described_words_are_the_mean_of_their_description(small):
+    new = extend(small, new_pieces(CORPUS, small, 60))
+    parts = replaced(small, new)
+    number = next(i for i in parts if new.decode([i]).strip().isalpha())
+    word = new.decode([number]).strip()
+    for make in (tiny, untied):
+        model = make(small)
+        before = [model.get_input_embeddings().weight.clone(), model.get_output_embeddings().weight.clone()]
+        resize(model, small, new, "semantic", descriptions={word.upper(): "a valve 阀 that moves", "elsewhere": "no"})
+        meaning = small("a valve 阀 that moves", add_special_tokens=False).input_ids
+        matrices = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        for old_rows, matrix in zip(before, matrices):
+            torch.testing.assert_close(matrix[number], old_rows[meaning].mean(0), atol=1e-6, rtol=1e-5)
+            for other, pieces in parts.items():
+                if new.decode([other]).strip().casefold() != word.casefold():
+                    torch.testing.assert_close(matrix[other], old_rows[pieces].mean(0), atol=1e-6, rtol=1e-5)
+
+
+def test_the_start_semantic_needs_descriptions(small):
+    new = extend(small, new_pieces(CORPUS, small, 3))
+    for nothing in (None, {}):
+        with pytest.raises(InputError, match="needs descriptions"):
+            resize(tiny(small), small, new, "semantic", descriptions=nothing)
+
+
 def test_random_rows_have_the_old_rows_mean_and_spread(small):
     new = extend(small, new_pieces(CORPUS, small, 100))
     one, two, other = tiny(small), tiny(small), tiny(small)
@@ -472,11 +497,29 @@ def test_the_command_says_and_writes(manuals, tmp_path, capsys):
     assert torch.equal(model.get_input_embeddings().weight, expected.get_input_embeddings().weight)
 
 
+def test_the_command_takes_descriptions(manuals, tmp_path):
+    (tmp_path / "glossary.json").write_text('{"servovalve": "a part that moves"}')
+    asked = ["vocab", str(manuals), "--model", "small-world", "--count", "40", "--out", str(tmp_path / "longer")]
+    assert cli.main([*asked, "--start", "semantic", "--descriptions", str(tmp_path / "glossary.json")]) == 0
+    model, tok = load(str(tmp_path / "longer"), device="cpu")
+    rows = model.get_input_embeddings().weight
+    meaning = ids_of(small_tokenizer(), "a part that moves")
+    (number,) = ids_of(tok, " servovalve")
+    torch.testing.assert_close(rows[number], rows[meaning].mean(0), atol=1e-6, rtol=1e-5)
+
+
 def test_what_the_command_refuses(manuals, tmp_path, capsys):
     asked = ["vocab", str(manuals), "--model", "small-world"]
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "list.json").write_text('["servovalve"]')
+    (tmp_path / "glossary.json").write_text('{"servovalve": "a part that moves"}')
+    semantic = [*asked, "--start", "semantic", "--descriptions"]
     wrong = {
+        "need each other. Give": [*asked, "--start", "semantic"],
+        "need each other": [*asked, "--descriptions", str(tmp_path / "glossary.json")],
+        "no JSON object of words": [*semantic, str(tmp_path / "list.json")],
+        "cannot read": [*semantic, str(tmp_path / "absent.json")],
         "one --count": [*asked, "--out", str(tmp_path / "new")],
         "at least 1": [*asked, "--count", "0"],
         "exists already": [*asked, "--count", "5", "--out", str(manuals)],

@@ -35,6 +35,9 @@ from domain_llm.train.vocab import extend, new_pieces, new_rows, replaced, resiz
 SMALL = dict(length=128, tokens_per_step=256, probes=1, learning_rate=3e-3, rank=4, forgetting_budget=100)
 
 
+DESCRIBED = {"machine": "a thing that works by itself"}
+
+
 def recipe(model, **more):
     "A small recipe of the demo with new pieces."
     return (
@@ -62,10 +65,11 @@ def small_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(small_folder, tmp_path_factory):
-    "A run with two adapters, one after the other, and a GGUF file."
+    "A run with a described word, two adapters, one after the other, and a GGUF file."
     lora = dict(SMALL, method="lora")
     given = recipe(
         small_folder,
+        vocab=dict(pieces=60, start="semantic", descriptions=DESCRIBED),
         pretrain=lora,
         sft=dict(lora, length=256, epochs=0.3),
         quantize=dict(types=["q8_0"]),
@@ -103,7 +107,10 @@ def test_the_files_load_in_plain_transformers_and_peft(whole, small_folder):
     assert base.lm_head.weight is base.model.embed_tokens.weight and len(base.lm_head.weight) == len(new) == 1084
     rows = AutoModelForCausalLM.from_pretrained(small_folder).model.embed_tokens.weight
     assert torch.equal(base.model.embed_tokens.weight[: len(old)], rows)
+    described = {new.decode([number]): number for number in replaced(old, new)}
     for number, pieces in replaced(old, new).items():
+        if number == described[" machine"]:
+            pieces = ids_of(old, DESCRIBED["machine"])
         torch.testing.assert_close(base.model.embed_tokens.weight[number], rows[pieces].mean(0))
     read = [i for text in texts(whole, "documents") for i in ids_of(new, text)]
     assert max(read) < 1084 and len({i for i in read if i >= 1024}) > 20
@@ -218,6 +225,8 @@ def test_a_base_model_gets_pieces_and_its_chat_models_template(pair, tok, tmp_pa
     [
         (dict(vocab=dict(pieces=0)), "'vocab.pieces' is 0, but must be a whole number of at least 1"),
         (dict(vocab=dict(start="meen")), "did you mean 'mean'"),
+        (dict(vocab=dict(start="semantic")), "vocab.start is semantic, but vocab.descriptions is empty"),
+        (dict(vocab=dict(descriptions=dict(pump=3))), "vocab.descriptions"),
         (dict(vocab=500), "the recipe's vocab must be a set of 'name: value' lines"),
         (dict(vocab={}, chat_model="owner/chat", chat_vector=True), "rows that chat_model does not have"),
         (dict(vocab={}, chat_model="owner/chat", sft=dict(start="chat")), "sft.start is chat, which needs both alike"),
@@ -306,7 +315,7 @@ def test_the_shipped_experiment_compares_vocabularies_at_equal_characters(tmp_pa
     result = experiments.ablation("vocab", tmp_path / "r.yaml", seeds=1, output=tmp_path / "out")
     seen = [runs["0"]["domain_bpb"]["values"] for runs in result["runs"].values()]
     assert [len(values) for values in seen] == [8, 8, 8] and seen[0] != seen[1] != seen[2]
-    assert result["arms"]["new pieces"]["vocab"] == dict(pieces=500, start="mean")
+    assert result["arms"]["new pieces"]["vocab"] == dict(pieces=500, start="mean", descriptions={})
     assert "vocab" not in result["arms"]["own pieces"]
     rates = [arm["pretrain"]["learning_rate"] for arm in result["arms"].values()]
     assert rates == pytest.approx([3e-3, 3e-3, 3e-4])

@@ -98,6 +98,8 @@ def _wrong_start(cfg):
             f"the recipe's vocab gives model rows that chat_model does not have, and {use}, which needs both alike. "
             "Take one of the two lines out."
         )
+    if cfg["vocab"] and cfg["vocab"]["start"] == "semantic" and not cfg["vocab"]["descriptions"]:
+        return "the recipe's vocab.start is semantic, but vocab.descriptions is empty. Describe words, or take mean."
     if chat == cfg["model"]:
         return f"the recipe's model and chat_model are both {chat}. Name the base model under model."
     if chat and cfg["model"] in SMALL_WORLDS:

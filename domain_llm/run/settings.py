@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Number', 'AboveZero', 'FromZero', 'Share', 'Integer', 'Whole', 'Entities', 'Wordings', 'YesNo', 'Text', 'Texts',
            'OnePath', 'Paths', 'Source', 'Parts', 'Kind', 'Kinds', 'Way', 'Ways', 'Task', 'Tasks', 'Types', 'Method',
-           'Schedule', 'Start', 'Language', 'NewRows', 'DemoOrSize', 'Pretrain', 'Sft', 'OPTIONAL', 'LATER', 'Says',
-           'Section', 'Data', 'Corpus', 'Demo', 'Lab', 'Vocab', 'Select', 'Mix', 'Evaluate', 'Quantize', 'Recipe',
-           'identifying', 'recipe_schema', 'section_of', 'checked_settings']
+           'Schedule', 'Start', 'Language', 'NewRows', 'Meanings', 'DemoOrSize', 'Pretrain', 'Sft', 'OPTIONAL', 'LATER',
+           'Says', 'Section', 'Data', 'Corpus', 'Demo', 'Lab', 'Vocab', 'Select', 'Mix', 'Evaluate', 'Quantize',
+           'Recipe', 'identifying', 'recipe_schema', 'section_of', 'checked_settings']
 
 # %% ../../nbs/95_run.settings.ipynb #7055b652
 import re
@@ -106,7 +106,10 @@ Method = Annotated[Literal["full", "lora"], Says("full or lora")]
 Schedule = Annotated[Literal["cosine", "constant"], Says("cosine or constant")]
 Start = Annotated[Literal["base", "chat"], Says("base or chat")]
 Language = Annotated[Literal["en", "zh"], Says("en or zh")]
-NewRows = Annotated[Literal[STARTS], Says("mean, weighted or random")]
+NewRows = Annotated[Literal[STARTS], Says("mean, weighted, semantic or random")]
+Meanings = Annotated[
+    dict[Text, Text], Says("words with what they mean, such as {servovalve: a valve that a signal moves}")
+]
 
 # %% ../../nbs/95_run.settings.ipynb #496eadeb
 class Section(BaseModel):
@@ -176,8 +179,10 @@ class Vocab(Section):
 
     pieces: Whole = Field(500, description="Pieces at most; fewer where no further piece saves two tokens.")
     start: NewRows = Field(
-        "mean", description="Values of a new row: mean or weighted mean of the old pieces', or random."
+        "mean",
+        description="Values of a new row: mean or weighted mean of old pieces, a description's mean, or random.",
     )
+    descriptions: Meanings = Field({}, description="For start: semantic, words and what they mean.")
 
 
 class Select(Section):

@@ -47,7 +47,7 @@ def _with_pieces(cfg, read, folder):
     saved = saving([row["text"] for row in read_jsonl(read["held_out"])], old, new)
     texts, _ = texts_of(cfg, read, cfg["evaluate"]["probe_tokens"])
     before = make_probe(old, **texts)(model)
-    resize(model, old, new, cfg["vocab"]["start"], cfg["seed"])
+    resize(model, old, new, cfg["vocab"]["start"], cfg["seed"], cfg["vocab"]["descriptions"])
     after = make_probe(new, **texts)(model)
     _save(model, new, folder)
     return dict(pieces=pieces, saving=saved, before=before, after=after)
