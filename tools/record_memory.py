@@ -16,11 +16,13 @@ import tempfile
 import time
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 from domain_llm.devices import peak_memory_gb, reset_peak_memory
 from domain_llm.results import save_result
 from domain_llm.run.base_model import sizes
 from domain_llm.run.plan import PROGRAM, memory_parts, this_device
+from domain_llm.run.settings import Method
 from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora, train
 
 SHAPES = {
@@ -49,13 +51,15 @@ def model_of(name, method):
     model = AutoModelForCausalLM.from_config(config(name)).float()
     if method != "qlora":
         return model
-    from transformers import BitsAndBytesConfig
+    from domain_llm.train.qlora import load_for
+
+    from domain_llm.small_world import small_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
+        small_tokenizer().save_pretrained(folder)
         del model
-        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=four, device_map="cpu")
+        return load_for("qlora", folder)[0]
 
 
 def measure(row):
@@ -96,7 +100,7 @@ def wanted():
         settings = dict(method=method, length=length, batch=batch, gradient_checkpointing=checkpointing)
         plain = dict(batch=1, gradient_checkpointing=False)
         settings = {k: v for k, v in settings.items() if k in TRAIN_DEFAULTS or plain.get(k) != v}
-        known = settings.keys() <= TRAIN_DEFAULTS.keys() and (method != "qlora" or "batch" in TRAIN_DEFAULTS)
+        known = settings.keys() <= TRAIN_DEFAULTS.keys() and method in get_args(get_args(Method)[0])
         if known and (batch == 1 or length == 256):
             found.append(dict(model=model, settings=settings))
     return found

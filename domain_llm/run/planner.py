@@ -163,11 +163,11 @@ def largest(
     return max(fitting, key=lambda row: row["parameters"], default=None)
 
 # %% ../../nbs/66_run.planner.ipynb #0548961c
-LARGE = ("Qwen/Qwen2.5-32B", "Qwen/Qwen1.5-110B")
+LARGE = ("Qwen/Qwen2.5-32B", "mistralai/Mistral-Large-Instruct-2407")
 
 
 def large_models():
-    "Why a model of about 33 billion parameters fits few cards and one of 100 billion and more none, in sentences."
+    "Why a model of about 33 billion parameters fits few cards and one of far more than 100 billion none, in sentences."
     said = []
     for name in LARGE:
         size = family_size(known_model(name))

@@ -224,7 +224,7 @@ def crossover(
 
 # %% ../../nbs/47_train.start.ipynb #e18ec339
 FEW, MANY = 5_000, 100_000  # samples: the practitioners' rule
-FULL, LORA = 20, 3  # bytes of GPU memory a parameter, see the text
+FULL, LORA = 16, 3  # bytes of GPU memory a parameter, see the text
 
 
 def advise(
