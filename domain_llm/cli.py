@@ -10,10 +10,7 @@ import argparse
 import os
 import sys
 
-from . import advice, ask_command, commands, quantize_command, review_command
-from .core import InputError
-from .devices import share_cores, shortage
-from .run.arms import abouts
+from . import advice, ask_command, commands, plan_command, quantize_command, review_command
 from .train.vocab import STARTS
 
 # %% ../nbs/98_cli.ipynb #46a4ef51
@@ -21,6 +18,7 @@ EXAMPLES = """examples:
   domain-llm run                        the demo: a made-up industry, about ten minutes on a laptop CPU
   domain-llm init manuals/              write recipe.yaml for your own folder of documents
   domain-llm check recipe.yaml          read everything and say what would go wrong, before any training
+  domain-llm plan --model M             what fits your card, how to train and to serve it, before any download
   domain-llm run recipe.yaml            train on it; the same command resumes after an interruption
   domain-llm mix manuals/               how much general text to mix in, and what that advice rests on
   domain-llm chat-or-base answers.jsonl which model to start fine-tuning from, and what that advice rests on
@@ -50,6 +48,7 @@ def _parser():
         _check,
         _tidy,
         _init,
+        _plan,
         _schema,
         _corpus,
         _mix,
@@ -145,7 +144,13 @@ VS Code with the YAML extension) complete settings, explain them and mark mistak
     c = _command(sub, "init", commands.init, "write a commented recipe for a folder of documents", more)
     c.add_argument("documents", help="folder with PDF, HTML, Markdown, DOCX, TXT or JSONL files")
     c.add_argument("--recipe", default="recipe.yaml", metavar="FILE", help="file to write (%(default)s)")
+    c.add_argument("--like", choices=PRESETS, help="do as this published work did, instead of the usual settings")
     _force(c)
+
+
+def _plan(sub):
+    said = "say what fits a card, how to train and serve it, and why, before anything is downloaded"
+    plan_command.arguments(_command(sub, "plan", plan_command.plan, said, plan_command.MORE))
 
 
 def _schema(sub):
@@ -353,7 +358,7 @@ def _review(sub):
     review_command.arguments(_command(sub, "review", review_command.review, said, review_command.MORE))
 
 # %% ../nbs/98_cli.ipynb #1dbdbfba
-COMPUTING = ("run", "check", "eval", "ablate", "review")  # commands that use every core
+COMPUTING = ("run", "check", "eval", "ablate", "quantize", "review")  # commands that use every core
 
 
 def main(

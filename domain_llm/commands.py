@@ -46,7 +46,7 @@ def check(a):
 
 def init(a):
     "Write a recipe for a folder of documents."
-    init_recipe(a.documents, a.recipe, a.force)
+    init_recipe(a.documents, a.recipe, a.force, a.like)
 
 
 def schema(a):

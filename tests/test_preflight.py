@@ -484,12 +484,12 @@ def test_free_space_counts_what_the_run_has_written_and_no_other_file(tmp_path):
 # Memory
 
 
-def test_full_tuning_of_7b_holds_152_gb_before_activations_and_lora_about_30(seven):
+def test_full_tuning_of_7b_holds_122_gb_before_activations_and_lora_about_29(seven):
     full = memory_parts({**TRAIN_DEFAULTS, "length": 1024}, seven)
-    assert sum(full[k] for k in ("weights", "gradients", "masters and moments")) / 1e9 == pytest.approx(152, abs=1)
+    assert sum(full[k] for k in ("weights", "gradients", "masters and moments")) / 1e9 == pytest.approx(122, abs=1)
     assert full["activations"] / 1e9 == pytest.approx(6.5, rel=0.1)
     lora = memory_parts({**TRAIN_DEFAULTS, "method": "lora", "length": 1024}, seven)
-    assert sum(lora.values()) / 1e9 == pytest.approx(30, rel=0.1)
+    assert sum(lora.values()) / 1e9 == pytest.approx(29, rel=0.05)
 
 
 def saved_bytes(config, tokens, rank):
@@ -572,7 +572,7 @@ print(peak_memory_gb(), sum(memory_parts(set_, size, this_device()).values()) / 
 def test_a_training_peaks_where_the_formula_says(tmp_path):
     done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
     peak, formula = map(float, done.stdout.split()[-2:])
-    assert formula == pytest.approx(peak, rel=CLOSE)
+    assert formula == pytest.approx(peak * 2**30 / 1e9, rel=CLOSE)  # the system counts in powers of two
 
 
 def test_memory_is_a_note_a_warning_or_an_error_by_what_fits(seven):

@@ -13,6 +13,7 @@ from domain_llm import cli
 from domain_llm.core import InputError, read_json
 from domain_llm.models import is_adapter, load, tiny
 from domain_llm.run import keep
+from domain_llm.run.families import family_size, known_model
 from domain_llm.run.plan import GPU, disk_parts
 from domain_llm.run.preflight import preflight_of, start_findings
 from domain_llm.run.recipe import check_recipe
@@ -255,7 +256,7 @@ def test_a_base_model_without_a_template_asks_for_its_chat_model(pair, tok, tmp_
 
 def test_the_note_names_the_start_and_the_rule():
     cfg = check_recipe(PAIR | dict(demo=8, sft=dict(start="chat")))
-    gpu, size = dict(kind="cuda", free=80e9), dict(parameters=1e9)
+    gpu, size = dict(kind="cuda", free=80e9, half=2), family_size(known_model("Qwen/Qwen3-1.7B"))
     (note,) = start_findings(cfg, 300, size, gpu)
     assert note["level"] == "note" and "starts from owner/chat" in note["said"] and "a chat model" in note["said"]
     (note,) = start_findings(check_recipe(PAIR | dict(demo=8)), 200_000, size, gpu)
@@ -290,8 +291,8 @@ def test_the_disk_holds_the_sums_too():
         (dict(samples=100_000), "base", "full"),
         (dict(samples=100_000, known=True), "either", "lora"),
         (dict(samples=5_000, known=True), "chat", "lora"),
-        (dict(samples=200_000, parameters=7e9, memory=80), "either", "lora"),  # 140 GB do not fit
-        (dict(samples=200_000, parameters=7e9, memory=141), "base", "full"),
+        (dict(samples=200_000, parameters=7e9, memory=80), "either", "lora"),  # 112 GB do not fit
+        (dict(samples=200_000, parameters=7e9, memory=113), "base", "full"),
         (dict(samples=200_000, parameters=7e9, memory=80, gpus=8), "either", "lora"),  # a training uses one GPU
         (dict(samples=2_000, parameters=7e9, memory=16), "chat", "none"),
         (dict(samples=2_000, parameters=1e9, memory=80), "chat", "lora"),  # not all weights of a chat model
@@ -307,7 +308,7 @@ def test_the_rule_by_samples_and_machine(asked, start, method):
 
 def test_reasons_name_the_machine():
     text = " ".join(advise(2_000, parameters=7e9, memory=24, gpus=4)["reasons"])
-    assert "about 140 GB" in text and "LoRA about 21 GB" in text and "the other 3 can run" in text
+    assert "about 112 GB" in text and "LoRA about 21 GB" in text and "the other 3 can run" in text
     assert "the machine has 24 GB" in " ".join(advise(2_000, parameters=7e9, memory=24, gpus=0)["reasons"])
     for wrong in (
         dict(samples=0),

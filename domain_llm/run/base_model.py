@@ -209,8 +209,8 @@ def sizes(
     trust_remote_code: bool = False,  # run code that comes with the model
 ):
     """The shapes of a model, as a dict: number of `parameters`, of those in `embedding` and head, `matrices` (inputs,
-    outputs) of its linear layers but the head, `vocabulary`, `layers` and `heads`. Raises InputError when no model that
-    writes text can be built from the configuration."""
+    outputs) of its linear layers but the head, `vocabulary`, `layers`, `heads`, `hidden` (width of a layer's input) and
+    `kv` (width of the keys of a layer). Raises InputError when no model that writes text can be built."""
     import torch
 
     model = _without_weights(config, trust_remote_code)
@@ -218,13 +218,17 @@ def sizes(
     both = [m for m in (model.get_input_embeddings(), head) if m is not None]
     ends = {id(m.weight): m.weight.numel() for m in both}  # tied weights count once
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    heads, hidden = getattr(text, "num_attention_heads", 0), getattr(text, "hidden_size", 0)
+    width = getattr(text, "head_dim", None) or hidden // max(heads, 1)
     return dict(
         parameters=sum(p.numel() for p in model.parameters()),
         embedding=sum(ends.values()),
         matrices=[(m.in_features, m.out_features) for m in linear],
         vocabulary=text.vocab_size,
         layers=getattr(text, "num_hidden_layers", 0),
-        heads=getattr(text, "num_attention_heads", 0),
+        heads=heads,
+        hidden=hidden,
+        kv=width * (getattr(text, "num_key_value_heads", None) or heads),
     )
 
 

@@ -26,7 +26,8 @@ from domain_llm.run.base_model import (
     tokenizer_of,
 )
 from .findings import error, note, warning
-from .plan import disk_findings, free_disk, memory_findings, this_device
+from .plan import USABLE, disk_findings, free_disk, memory_findings, this_device
+from .planner import smallest_need
 from .recipe import training_stages
 from .training import pieces_of
 from ..train.format import format_findings
@@ -244,7 +245,8 @@ def start_findings(
     if not conversations or "sft" not in training_stages(cfg):
         return []
     gpus = int(device["kind"] == "cuda")
-    rule = advise(conversations, size["parameters"], device["free"] / 1e9, gpus)["start"]
+    needs = {method: smallest_need(size, method, device=device) / 1e9 for method in ("full", "lora")}
+    rule = advise(conversations, size["parameters"], USABLE * device["free"] / 1e9, gpus, needs=needs)["start"]
     says = dict(chat="would start from a chat model", base="would start from a base model", either="says nothing")
     start = cfg["chat_model"] if cfg["sft"]["start"] == "chat" else cfg["model"]
     said = f"fine-tuning on {conversations:,} conversations starts from {start}; the practitioners' rule {says[rule]}."

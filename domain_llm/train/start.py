@@ -224,7 +224,7 @@ def crossover(
 
 # %% ../../nbs/47_train.start.ipynb #e18ec339
 FEW, MANY = 5_000, 100_000  # samples: the practitioners' rule
-FULL, LORA = 20, 3  # bytes of GPU memory a parameter, see the text
+FULL, LORA = 16, 3  # bytes of GPU memory a parameter, see the text
 
 
 def advise(
@@ -233,6 +233,7 @@ def advise(
     memory: float = None,  # GB of one GPU, or of the machine where there is none
     gpus: int = 1,
     known: bool = False,  # whether you know the data that the chat model was tuned on, and trust them
+    needs: dict = None,  # GB that `full` and `lora` hold, where they were worked out from the model's shapes
 ):
     """Which model to start fine-tuning from (`start`: chat, base or either), by which `method` (lora, full, or none
     where nothing fits), and the `reasons`, each with its evidence."""
@@ -241,7 +242,7 @@ def advise(
         given = f"samples={samples}, parameters={parameters}, memory={memory}, gpus={gpus}"
         raise InputError(f"no advice for {given}: give at least 1 sample, and sizes above 0.")
     start, reasons = _advised_start(samples, known)
-    fits, said = _fitting(parameters, memory, gpus)
+    fits, said = _fitting(parameters, memory, gpus, needs)
     if start == "base" and fits not in ("full", None):
         start = "either"
         reasons.append("The rule's case for the base model is much data and many GPUs, and full tuning does not fit.")
@@ -287,7 +288,7 @@ _MEASURE = (
 )
 
 
-def _fitting(parameters, memory, gpus):
+def _fitting(parameters, memory, gpus, needs=None):
     "The largest method that a device holds, None where that is not known; and the reasons."
     said = []
     if gpus > 1:
@@ -295,9 +296,10 @@ def _fitting(parameters, memory, gpus):
     if parameters is None or memory is None:
         return None, [*said, "Whether full tuning fits is not known without the model's size and the memory."]
     place = "one GPU" if gpus else "the machine"
-    need = {method: size * parameters / 1e9 for method, size in (("full", FULL), ("lora", LORA))}
-    fits = next((method for method, size in need.items() if size <= memory), "none")
-    sizes = f"about {need['full']:,.0f} GB before activations, LoRA about {need['lora']:,.0f} GB"
+    need = needs or {method: size * parameters / 1e9 for method, size in (("full", FULL), ("lora", LORA))}
+    fits = next((method for method in ("full", "lora") if need[method] <= memory), "none")
+    before = "" if needs else " before activations"
+    sizes = f"about {need['full']:,.0f} GB{before}, LoRA about {need['lora']:,.0f} GB"
     said.append(
         f"Full tuning of {parameters / 1e9:.3g} billion parameters holds {sizes}; {place} has {memory:,.0f} GB."
     )

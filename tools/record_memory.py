@@ -1,0 +1,127 @@
+"""The most memory that a training of a few steps holds, against `run.plan.memory_parts`; recorded in
+nbs/results/memory.json.
+
+    python tools/record_memory.py [--only 60M]
+
+Every row is a process of its own: a model, a method, a length, a batch, with or without gradient checkpointing. Rows
+whose settings this version of the training does not know are left out. Checkpoints are not written. Linux only.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import get_args
+
+from domain_llm.devices import peak_memory_gb, reset_peak_memory
+from domain_llm.results import save_result
+from domain_llm.run.base_model import sizes
+from domain_llm.run.plan import PROGRAM, memory_parts, this_device
+from domain_llm.run.settings import Method
+from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora, train
+
+SHAPES = {
+    "8M": dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, vocab_size=8192),
+    "60M": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, vocab_size=32768),
+    "135M": dict(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, vocab_size=49152
+    ),
+}
+STEPS = 3
+
+
+def config(name):
+    "The configuration of one of the models."
+    from transformers import LlamaConfig
+
+    shape, tied = SHAPES[name], name == "135M"
+    heads = shape["num_attention_heads"]
+    return LlamaConfig(num_key_value_heads=heads // 3 if tied else heads // 2, tie_word_embeddings=tied, **shape)
+
+
+def model_of(name, method):
+    "A model with random weights, 4-bit ones for qlora."
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config(name)).float()
+    if method != "qlora":
+        return model
+    from domain_llm.train.qlora import load_for
+
+    from domain_llm.small_world import small_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        small_tokenizer().save_pretrained(folder)
+        del model
+        return load_for("qlora", folder)[0]
+
+
+def measure(row):
+    "Peak and prediction of one row in GB, and what the program holds without a model; printed as JSON."
+    from transformers import Trainer
+
+    def no_checkpoint(self, *args):
+        Path(self.args.output_dir, f"checkpoint-{self.state.global_step}").mkdir(parents=True)
+
+    Trainer._save_checkpoint = no_checkpoint
+    set_ = {**TRAIN_DEFAULTS, **row["settings"], "probes": 1}
+    set_["tokens_per_step"] = set_["length"] * set_.get("batch", 1)
+    size = sizes(config(row["model"]))
+    vocabulary, n = size["vocabulary"], set_["length"]
+    rows = [
+        dict(input_ids=[(17 * i + k) % vocabulary for k in range(n)], labels=[1] * n, source="domain")
+        for i in range(STEPS * set_.get("batch", 1))
+    ]
+    reset_peak_memory()
+    program = peak_memory_gb()
+    model = model_of(row["model"], set_["method"])
+    if set_["method"] != "full":
+        model = add_lora(model, set_["rank"], set_["alpha"])
+    reset_peak_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        train(model, rows, folder, set_)
+    parts = memory_parts(set_, size, this_device())
+    gb = 2**30 / 1e9  # the system counts in powers of two
+    said = dict(peak=gb * peak_memory_gb(), predicted=sum(parts.values()) / 1e9, program=gb * program)
+    print(json.dumps({name: round(value, 3) for name, value in said.items()}))
+
+
+def wanted():
+    "The rows, those of settings that the training knows."
+    found = []
+    ways = product(SHAPES, ("full", "lora", "qlora"), (256, 1024), (1, 2), (False, True))
+    for model, method, length, batch, checkpointing in ways:
+        settings = dict(method=method, length=length, batch=batch, gradient_checkpointing=checkpointing)
+        plain = dict(batch=1, gradient_checkpointing=False)
+        settings = {k: v for k, v in settings.items() if k in TRAIN_DEFAULTS or plain.get(k) != v}
+        known = settings.keys() <= TRAIN_DEFAULTS.keys() and method in get_args(get_args(Method)[0])
+        if known and (batch == 1 or length == 256):
+            found.append(dict(model=model, settings=settings))
+    return found
+
+
+def main():
+    a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    a.add_argument("--only", choices=SHAPES, help="rows of this model")
+    a.add_argument("--measure", help=argparse.SUPPRESS)
+    a = a.parse_args()
+    if a.measure:
+        return measure(json.loads(a.measure))
+    start, rows = time.time(), []
+    for row in wanted():
+        if a.only in (None, row["model"]):
+            command = [sys.executable, __file__, "--measure", json.dumps(row)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+            rows.append({**row, **json.loads(done.stdout.splitlines()[-1])})
+            print(rows[-1], f"{rows[-1]['predicted'] / rows[-1]['peak']:.2f}", flush=True)
+    print(save_result("memory", dict(program=PROGRAM / 1e9, rows=rows), started=start))
+
+
+if __name__ == "__main__":
+    main()
