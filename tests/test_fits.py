@@ -1,0 +1,184 @@
+"Training that fits: gradient checkpointing, several rows a pass, weights of 4 bits."
+
+import random
+
+import pytest
+import torch
+
+from domain_llm.core import InputError
+from domain_llm.models import tiny
+from domain_llm.train import batches
+from domain_llm.train.batches import collate, documents_apart, pack, token_losses
+from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora, checkpointing, settings, train
+
+CFG = settings(TRAIN_DEFAULTS, dict(length=32, tokens_per_step=64, probes=1, learning_rate=1e-3))
+
+
+def rows_of(n=12, seed=0):
+    "Rows of random tokens, some shorter than a packed row, some longer."
+    rng = random.Random(seed)
+    drawn = [[rng.randrange(5, 400) for _ in range(rng.randint(4, 40))] for _ in range(n)]
+    return [dict(input_ids=ids, labels=ids, source=rng.choice("ab")) for ids in drawn]
+
+
+def weights_of(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def adapted_tiny(tok, method):
+    torch.manual_seed(1)
+    model = add_lora(tiny(tok), 4, 8) if method == "lora" else tiny(tok)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.02)  # at its start of zero A would have no gradient
+    return model.train()
+
+
+def losses_and_gradients(model, batch, on):
+    "Losses and gradients of a packed batch, and the bytes kept for the backward pass."
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), storage)  # held, so that no other takes its place
+        return t
+
+    with documents_apart(model), checkpointing(model, on):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            losses, _ = token_losses(model, batch)
+        gradients = torch.autograd.grad(losses.sum(), [p for p in model.parameters() if p.requires_grad])
+    return losses.detach(), gradients, sum(n for n, _ in kept.values())
+
+
+# Gradient checkpointing
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_checkpointing_changes_neither_loss_nor_gradients_and_keeps_less(tok, method):
+    model = adapted_tiny(tok, method)
+    batch = collate([pack(rows_of(), 256)[0][0]])
+    assert (batch["position_ids"] == 0).sum() > 1  # several documents in the row
+    losses, gradients, kept = losses_and_gradients(model, batch, on=False)
+    same, again, less = losses_and_gradients(model, batch, on=True)
+    assert torch.equal(losses, same)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again)) and any(g.abs().max() > 0 for g in gradients)
+    layers = model.config.num_hidden_layers
+    logits = 4 * len(losses) * model.config.vocab_size
+    inputs = 4 * batch["input_ids"].shape[1] * model.config.hidden_size
+    assert kept - less > 10 * inputs * layers  # of the seven matrices of a layer and its attention
+    assert less < 3 * logits + 4 * inputs * (layers + 3)  # logits, one input a layer, the ends
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_training_with_checkpointing_ends_where_one_without_does(tok, tmp_path, method):
+    ended = []
+    for on in (False, True):
+        model = adapted_tiny(tok, method)
+        train(model, rows_of(), tmp_path / str(on), {**CFG, "gradient_checkpointing": on})
+        ended.append(weights_of(model))
+    assert torch.equal(*ended) and not torch.equal(ended[0], weights_of(adapted_tiny(tok, method)))
+
+
+def test_layers_are_computed_again_only_where_it_is_on(tok, tmp_path, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    calls, forward = [], LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    counts = []
+    for on in (False, True, "auto"):
+        calls.clear()
+        train(tiny(tok), rows_of(4), tmp_path / str(on), {**CFG, "gradient_checkpointing": on})
+        counts.append(len(calls))
+    assert counts[1] == 2 * counts[0] and counts[2] == counts[0]
+
+
+def test_a_model_that_cannot_checkpoint_is_refused_with_the_line_to_write(tok):
+    model = tiny(tok)
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(InputError, match="gradient_checkpointing: false"), checkpointing(model):
+        pass
+    with checkpointing(model, on=False):
+        pass
+
+
+# Several rows a pass
+
+
+def test_rows_of_a_batch_have_the_losses_that_each_has_alone(tok):
+    model = tiny(tok)
+    rows = list(pack(rows_of(), 32)[0])[:4]
+    with torch.no_grad(), documents_apart(model):
+        together, _ = token_losses(model, collate(rows))
+        alone = torch.cat([token_losses(model, collate([row]))[0] for row in rows])
+    with torch.no_grad():
+        masked, _ = token_losses(model, collate(rows))  # by transformers' own attention
+    assert torch.allclose(together, alone, atol=1e-5) and torch.allclose(masked, alone, atol=1e-5)
+    assert len(together) == sum(label != -100 for row in rows for label in row["labels"][1:])
+
+
+def test_a_step_of_two_rows_is_the_same_in_one_pass_as_in_two(tok, tmp_path):
+    ended, histories = [], []
+    for batch in (1, 2, 4):
+        model = tiny(tok)
+        set_ = {**CFG, "batch": batch, "tokens_per_step": 128}
+        histories.append(train(model, rows_of(20), tmp_path / str(batch), set_)["history"])
+        ended.append(weights_of(model))
+    assert len({h[-1]["step"] for h in histories}) == 1 and {"loss_a", "loss_b"} <= histories[0][0].keys()
+    for other, history in zip(ended[1:], histories[1:]):
+        assert torch.allclose(ended[0], other, atol=2e-4)
+        for a, b in zip(histories[0], history):
+            assert {k: a[k] for k in a if "loss" in k} == pytest.approx({k: b[k] for k in b if "loss" in k}, abs=1e-4)
+
+
+def test_a_batch_that_does_not_divide_the_step_is_refused(tok, tmp_path):
+    with pytest.raises(InputError, match="batch is 3, but a step has 4 rows.*divides 4"):
+        train(tiny(tok), rows_of(), tmp_path, {**CFG, "batch": 3, "tokens_per_step": 128})
+
+
+def test_the_losses_of_each_source_are_means_over_its_tokens(tok, tmp_path):
+    "At a rate of nearly 0 the logged loss of a source is what its rows have in the untrained model."
+    model, rows = tiny(tok), rows_of(6)
+    packed, names = pack(rows, 32)
+    with torch.no_grad():
+        found = {name: [] for name in names}
+        for row in packed:
+            losses, at = token_losses(model, collate([row]))
+            for loss, place in zip(losses.tolist(), at.tolist()):
+                found[names[row["source"][place]]].append(loss)
+    set_ = {**CFG, "tokens_per_step": 32 * len(packed), "learning_rate": 1e-12}
+    (entry,) = [h for h in train(model, rows, tmp_path, set_)["history"] if "loss" in h]
+    for name, losses in found.items():
+        assert entry[f"loss_{name}"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+
+
+# Attention
+
+
+class Somewhere:
+    "A model as far as the choice of its attention goes."
+
+    _supports_flash_attn = True
+
+    def __init__(self, kind, window=None):
+        self.device = torch.device(kind)
+        self.config = type("Config", (), dict(sliding_window=window))
+
+
+@pytest.mark.parametrize(
+    "model, flash, half, chosen",
+    [
+        (Somewhere("cpu"), True, torch.float32, "documents"),
+        (Somewhere("cpu", window=8), True, torch.float32, None),
+        (Somewhere("cuda"), True, torch.bfloat16, "flash_attention_2"),
+        (Somewhere("cuda"), False, torch.bfloat16, None),
+        (Somewhere("cuda"), True, torch.float32, None),  # a T4 has no kernel of it
+    ],
+)
+def test_the_attention_follows_the_device(monkeypatch, model, flash, half, chosen):
+    import transformers.utils
+
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: flash)
+    monkeypatch.setattr(batches, "half_dtype", lambda device: half)
+    assert batches._better_attention(model) == chosen
