@@ -1,15 +1,19 @@
 "Training that fits: gradient checkpointing, several rows a pass, weights of 4 bits."
 
+import json
 import random
 
 import pytest
 import torch
 
 from domain_llm.core import InputError
-from domain_llm.models import tiny
+from domain_llm.devices import half_dtype
+from domain_llm.models import base_of, load, load_tokenizer, tiny
+from domain_llm.ship.merge import merge
 from domain_llm.train import batches
 from domain_llm.train.batches import collate, documents_apart, pack, token_losses
-from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora, checkpointing, settings, train
+from domain_llm.train.fit import answer_probe, fitted
+from domain_llm.train.loop import TRAIN_DEFAULTS, adapted, add_lora, checkpointing, load_for, settings, train
 
 CFG = settings(TRAIN_DEFAULTS, dict(length=32, tokens_per_step=64, probes=1, learning_rate=1e-3))
 
@@ -182,3 +186,112 @@ def test_the_attention_follows_the_device(monkeypatch, model, flash, half, chose
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: flash)
     monkeypatch.setattr(batches, "half_dtype", lambda device: half)
     assert batches._better_attention(model) == chosen
+
+
+# QLoRA
+
+
+@pytest.fixture(scope="module")
+def rounded(tiny_folder):
+    "A function that loads the tiny model for qlora."
+    pytest.importorskip("bitsandbytes")
+    return lambda: load_for("qlora", str(tiny_folder))[0]
+
+
+QLORA = {**CFG, "method": "qlora", "rank": 4, "alpha": 8, "learning_rate": 1e-2}
+
+
+def test_linear_layers_are_in_nf4_with_double_quantization_and_the_rest_is_not(rounded, tiny_folder):
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    model, dense = rounded(), load(str(tiny_folder))[0]
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert {name for name, layer in layers.items() if not isinstance(layer, Linear4bit)} == {"lm_head"}
+    layer = layers["model.layers.0.mlp.up_proj"]
+    state, exact = layer.weight.quant_state, dense.get_submodule("model.layers.0.mlp.up_proj").weight
+    assert (state.quant_type, state.nested, state.blocksize) == ("nf4", True, 64)
+    back, largest = dequantize_4bit(layer.weight, state), exact.reshape(-1, 64).abs().max(1).values
+    off = (back - exact).reshape(-1, 64).abs().max(1).values
+    assert (off < 0.16 * largest).all() and off.max() > 0  # half of the widest gap between two levels, 0.152
+    own = {layer.compute_dtype for layer in layers.values() if isinstance(layer, Linear4bit)}
+    rest = {p.dtype for name, p in model.named_parameters() if "proj" not in name}
+    assert own == rest == {half_dtype(model.device)}
+
+
+def test_the_gradients_are_those_of_pefts_own_preparation(rounded):
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    theirs = prepare_model_for_kbit_training(rounded(), gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(3)
+    theirs = get_peft_model(theirs, config).train()
+    torch.manual_seed(3)
+    ours = adapted(rounded(), QLORA).train()
+    batch, found = collate([pack(rows_of(), 64)[0][0]]), []
+    for model, on in ((theirs, False), (ours, True)):
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.data.fill_(0.01)
+        with checkpointing(model, on):
+            losses, _ = token_losses(model, batch)
+            own = [p for p in model.parameters() if p.requires_grad]
+            found.append((losses.detach(), *torch.autograd.grad(losses.sum(), own)))
+    close = dict(rtol=1e-3, atol=1e-3) if half_dtype("cpu") == torch.float32 else dict(rtol=0.1, atol=0.1)
+    assert len(found[0]) == len(found[1]) and all(torch.allclose(a, b, **close) for a, b in zip(*found))
+
+
+def test_only_the_adapter_is_trained_and_probes_before_it_do_no_harm(rounded, tmp_path):
+    "bitsandbytes has a layout of the weights for answers; through it the layers below would get no gradient."
+    model = rounded()
+    ids = torch.arange(5, 37)[None]
+    with torch.no_grad():
+        model(input_ids=ids)  # a probe before training
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert len(layers) == 14 and not any(m.support_avx512bf16_for_cpu for m in layers)
+    tuned = adapted(model, QLORA)
+    before = {name: p.detach().clone() for name, p in tuned.named_parameters()}
+    train(tuned, rows_of(), tmp_path, {**QLORA, "gradient_checkpointing": True})
+    for name, p in tuned.named_parameters():
+        assert torch.equal(p, before[name]) == ("lora_" not in name), name
+
+
+def test_an_adapter_of_qlora_belongs_to_the_unrounded_model_and_is_merged_into_that(rounded, tiny_folder, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    tuned = adapted(rounded(), QLORA)
+    train(tuned, rows_of(), tmp_path / "work", QLORA)
+    tuned.save_pretrained(tmp_path / "adapter")
+    load_tokenizer(str(tiny_folder)).save_pretrained(tmp_path / "adapter")
+    assert base_of(tmp_path / "adapter") == str(tiny_folder)
+    merged = merge(tmp_path / "adapter", out=tmp_path / "merged")
+    config = json.loads((merged / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "float32"
+    exact, found = load(str(tiny_folder))[0].state_dict(), load(str(merged))[0].state_dict()
+    scale = QLORA["alpha"] / QLORA["rank"]
+    for name, layer in tuned.get_base_model().named_modules():
+        if hasattr(layer, "lora_A"):
+            update = scale * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            assert torch.allclose(found[f"{name}.weight"], exact[f"{name}.weight"] + update, atol=1e-5)
+    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    ids = torch.arange(5, 37)[None]
+    with torch.no_grad():
+        assert torch.allclose(theirs(input_ids=ids).logits, load(str(merged))[0](input_ids=ids).logits, atol=1e-4)
+    with pytest.raises(InputError, match="is quantized"):
+        merge(tuned, out=tmp_path / "never")
+    with pytest.raises(InputError, match="is an adapter: merge it"):
+        load(str(tmp_path / "adapter"), quantize="nf4")
+
+
+def test_qlora_without_rounded_weights_is_refused(tok):
+    with pytest.raises(InputError, match='load_for\\("qlora"'):
+        adapted(tiny(tok), QLORA)
+
+
+def test_a_fitted_copy_of_a_rounded_model_learns_and_the_model_stays(rounded):
+    model = rounded()
+    rows = [dict(input_ids=list(range(5, 37)), labels=list(range(5, 37)), source="x")] * 30
+    probe, before = answer_probe(rows[:1]), {n: p.clone() for n, p in model.named_parameters()}
+    copy = fitted(model, rows, **{**QLORA, "tokens_per_step": 32})
+    assert probe(copy)["score"] < probe(model)["score"] - 0.5
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()) and len(before) > 10

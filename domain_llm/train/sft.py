@@ -225,10 +225,12 @@ def _row(messages, text, spans, upto, tok, source, where):
 
 # %% ../../nbs/43_train.sft.ipynb #1e3ec3ef
 SFT_DEFAULTS = dict(
-    method="lora",  # lora (adapters on all linear layers) or full (all weights)
+    method="lora",  # lora (adapters on all linear layers), qlora (lora beside weights of 4 bits) or full (all weights)
     learning_rate=5e-4,  # peak
     tokens_per_step=512,  # tokens in one optimizer step
     length=512,  # tokens in one packed row; longer conversations are left out
+    batch=1,  # packed rows in one forward pass
+    gradient_checkpointing="auto",  # true, false or auto: a run looks at the memory
     warmup=0.1,  # share of the steps in which the rate rises
     schedule="cosine",  # then: cosine (falls to 0) or constant
     weight_decay=0.0,
