@@ -280,11 +280,11 @@ def _trained(job, model, tok, rows, probe):
 
     folder, set_, seed = job.out / "trained", job.set_, job.cfg["seed"]
     set_seed(seed)  # a new adapter is drawn at random
-    rows = new_rows(model)
-    model = adapted(model, set_, rows)
+    new = new_rows(model)
+    model = adapted(model, set_, new)
     if folder.exists():
         return _with_saved(model, folder, job.cfg), read_json(folder / "result.json")
-    set_ = {**set_, "gradient_checkpointing": _checkpoints(set_, model, bool(rows))}
+    set_ = {**set_, "gradient_checkpointing": _checkpoints(set_, model, bool(new))}
     kept = job.out / "kept" if job.cfg["evaluate"]["screen"] else None
     result = train(model, rows, job.out / "checkpoints", set_, probe, seed=seed, keep=kept)
     for path in kept_path(job.out):
