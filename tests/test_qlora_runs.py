@@ -21,9 +21,10 @@ from domain_llm.run.plan import memory_parts
 from domain_llm.run.preflight import extras_findings, method_findings, settings_findings, with_checkpointing
 from domain_llm.run.recipe import check_recipe
 from domain_llm.run.settings import identifying
-from domain_llm.run.training import Job, checkpointing_of
+from domain_llm.run.training import Job, checkpointing_of, texts_of
 from domain_llm.small_world import small_tokenizer
-from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora
+from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora, load_for
+from domain_llm.train.pretrain import make_probe
 
 SMALL = dict(method="qlora", length=128, tokens_per_step=256, probes=3, learning_rate=3e-3, rank=4)
 SMALL["forgetting_budget"] = 100
@@ -105,11 +106,15 @@ def test_the_run_measures_and_writes_the_merged_model_and_says_its_method(whole)
     assert made["q8_0_mb"] > 0 and list((whole / "quantize").rglob("*.gguf"))
     card = (whole / "MODEL_CARD.md").read_text()
     assert "Continued pre-training (qlora" in card and "Supervised fine-tuning (qlora" in card and "4 bits" in card
+
+
+def test_probes_measure_the_rounded_model(whole, small_folder):
+    read = dict(held_out=whole / "corpus/held_out.jsonl", general_probe=whole / "inputs/general_probe/rows.jsonl")
+    probe = make_probe(small_tokenizer(), **texts_of({}, read, 100)[0])
+    rounded, exact = (probe(load_for(method, str(small_folder))[0]) for method in ("qlora", "full"))
     history = read_json(whole / "pretrain" / "history.json")
-    before, after = history[0]["domain_bpb"], history[-1]["domain_bpb"]
-    assert after < before
-    base = read_json(whole / "baseline" / "measured.json")["domain_bpb"]["bpb"]
-    assert before != base and before == pytest.approx(base, rel=0.05)  # of the rounded model, and of its own weights
+    assert history[0]["domain_bpb"] == pytest.approx(rounded["domain_bpb"], rel=1e-6) != exact["domain_bpb"]
+    assert history[-1]["domain_bpb"] < history[0]["domain_bpb"]
 
 
 def figures(out):
