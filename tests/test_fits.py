@@ -13,7 +13,8 @@ from domain_llm.ship.merge import merge
 from domain_llm.train import batches
 from domain_llm.train.batches import collate, documents_apart, pack, token_losses
 from domain_llm.train.fit import answer_probe, fitted
-from domain_llm.train.loop import TRAIN_DEFAULTS, adapted, add_lora, checkpointing, load_for, settings, train
+from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora, checkpointing, settings, train
+from domain_llm.train.qlora import adapted, load_for
 
 CFG = settings(TRAIN_DEFAULTS, dict(length=32, tokens_per_step=64, probes=1, learning_rate=1e-3))
 

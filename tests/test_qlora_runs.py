@@ -23,8 +23,9 @@ from domain_llm.run.recipe import check_recipe
 from domain_llm.run.settings import identifying
 from domain_llm.run.training import Job, checkpointing_of, texts_of
 from domain_llm.small_world import small_tokenizer
-from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora, load_for
+from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora
 from domain_llm.train.pretrain import make_probe
+from domain_llm.train.qlora import load_for
 
 SMALL = dict(method="qlora", length=128, tokens_per_step=256, probes=3, learning_rate=3e-3, rank=4)
 SMALL["forgetting_budget"] = 100

@@ -20,9 +20,10 @@ from ..models import is_adapter, load, quiet
 from .base_model import sizes
 from .plan import memory_parts, this_device
 from ..small_world import SMALL_WORLDS, small_model
-from ..train.loop import adapted, load_for, train
+from ..train.loop import train
 from ..train.picture import picture, pieces, row_losses, shortened
 from ..train.pretrain import interpolate, make_probe, probe_texts
+from ..train.qlora import adapted, load_for
 from ..train.sft import SFT_DEFAULTS, encode_all
 from ..train.start import add_chat_vector, in_chat_format
 from ..train.vocab import extend, new_pieces, new_rows, resize, saving

@@ -12,7 +12,8 @@ import tempfile
 from ..core import atomic_dir
 from ..models import load, quiet
 from .batches import collate, token_losses
-from .loop import TRAIN_DEFAULTS, adapted, train
+from .loop import TRAIN_DEFAULTS, train
+from .qlora import adapted
 
 # %% ../../nbs/94_train.fit.ipynb #ce669e9d
 def answer_probe(
