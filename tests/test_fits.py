@@ -10,7 +10,7 @@ from domain_llm.core import InputError
 from domain_llm.devices import half_dtype
 from domain_llm.models import base_of, load, load_tokenizer, tiny
 from domain_llm.ship.merge import merge
-from domain_llm.train import batches
+from domain_llm.train import batches, loop
 from domain_llm.train.batches import collate, documents_apart, pack, token_losses
 from domain_llm.train.fit import answer_probe, fitted
 from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora, checkpointing, settings, train
@@ -156,6 +156,44 @@ def test_the_losses_of_each_source_are_means_over_its_tokens(tok, tmp_path):
     (entry,) = [h for h in train(model, rows, tmp_path, set_)["history"] if "loss" in h]
     for name, losses in found.items():
         assert entry[f"loss_{name}"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+
+
+# The optimizer
+
+
+def test_gradients_that_are_copied_in_parts_move_the_weights_as_all_at_once():
+    torch.manual_seed(0)
+    shapes = [(7, 5), (40,), (3,), (2, 30)]
+    start = [torch.randn(shape).bfloat16() for shape in shapes]
+    ended = []
+    for part in (None, 45, 10**6):
+        weights = [torch.nn.Parameter(w.clone()) for w in start]
+        optimizer = loop._optimizer_class(part)([dict(params=weights)], lr=1e-2, weight_decay=0.1)
+        torch.manual_seed(1)
+        for _ in range(5):
+            for w in weights:
+                w.grad = torch.randn(w.shape).bfloat16()
+            optimizer.step()
+        ended.append(torch.cat([m.detach().flatten() for m in optimizer.masters()]))
+        assert all((m.grad is None) == bool(part) for m in optimizer.masters())
+        assert all(torch.equal(w, m.bfloat16()) for w, m in zip(weights, optimizer.masters()))
+    assert torch.equal(ended[0], ended[1]) and torch.equal(ended[0], ended[2])
+    sizes = [[m for m, _ in some] for some in loop._parts([(torch.zeros(n), None) for n in (35, 40, 3, 60)], 45)]
+    assert [[m.numel() for m in some] for some in sizes] == [[35], [40, 3], [60]]
+
+
+def test_the_optimizer_follows_the_recipe_and_the_device(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert loop._optimizer(CFG, cpu)[1] == dict(lr=CFG["learning_rate"], fused=True)
+    eight = {**CFG, "optimizer": "adamw8bit"}
+    with pytest.raises(InputError, match="device 'cpu'. Write optimizer: adamw"):
+        loop._optimizer(eight, cpu)
+    monkeypatch.setattr(loop, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install bitsandbytes"):
+        loop._optimizer(eight, gpu)
+    monkeypatch.undo()
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    assert loop._optimizer(eight, gpu) == (bitsandbytes.optim.PagedAdamW8bit, dict(lr=CFG["learning_rate"]))
 
 
 # Attention

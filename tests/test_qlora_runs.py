@@ -17,7 +17,7 @@ from domain_llm.models import base_of, load, tiny
 from domain_llm.run import training
 from domain_llm.run.base_model import sizes
 from domain_llm.run.pipeline import final_model, run_recipe
-from domain_llm.run.plan import memory_parts
+from domain_llm.run.plan import CPU, GPU, memory_parts
 from domain_llm.run.preflight import extras_findings, method_findings, settings_findings, with_checkpointing
 from domain_llm.run.recipe import check_recipe
 from domain_llm.run.settings import identifying
@@ -219,7 +219,9 @@ def test_a_stage_decides_by_the_memory_of_its_device(small_folder, monkeypatch, 
 def test_a_result_does_not_depend_on_checkpointing_and_older_results_stand():
     cfg = check_recipe(dict(demo=8))
     for stage in ("pretrain", "sft"):
-        old = {k: v for k, v in cfg[stage].items() if k not in ("gradient_checkpointing", "batch", "start")}
+        old = {
+            k: v for k, v in cfg[stage].items() if k not in ("gradient_checkpointing", "batch", "optimizer", "start")
+        }
         for said in (True, False, "auto"):
             now = identifying({stage: {**cfg[stage], "gradient_checkpointing": said}})
             assert now == {stage: old}
@@ -243,20 +245,20 @@ def test_qlora_without_bitsandbytes_is_an_error_with_the_command(small_folder):
 def test_qlora_of_weights_that_no_file_holds_is_an_error(small_folder, tmp_path):
     small = sizes(tiny(small_tokenizer()).config)
     drawn = check_recipe(recipe("small-world"))
-    assert "drawn by the seed" in said(method_findings(drawn, small), "error")[0]
+    assert "drawn by the seed" in said(method_findings(drawn, small, CPU), "error")[0]
     add_lora(load(str(small_folder))[0], 2, 2).save_pretrained(tmp_path / "adapter")
     on_adapter = check_recipe(recipe(tmp_path / "adapter"))
-    assert "is an adapter" in said(method_findings(on_adapter, small), "error")[0]
+    assert "is an adapter" in said(method_findings(on_adapter, small, CPU), "error")[0]
     later = check_recipe(recipe(tmp_path / "adapter", pretrain=dict(SMALL, method="lora")))
-    assert method_findings(later, small) == []  # fine-tuning starts from files that pre-training wrote
-    assert method_findings(check_recipe(recipe(small_folder)), small) == []
+    assert method_findings(later, small, CPU) == []  # fine-tuning starts from files that pre-training wrote
+    assert method_findings(check_recipe(recipe(small_folder)), small, CPU) == []
 
 
 def test_full_tuning_of_a_large_model_is_a_warning_with_the_line_to_write(small_folder):
     cfg = check_recipe(dict(demo=8, model=str(small_folder)))
-    (warned,) = said(method_findings(cfg, SEVEN), "warning")
+    (warned,) = said(method_findings(cfg, SEVEN, GPU), "warning")
     assert "7.6 billion" in warned and "pretrain: {method: lora}" in warned and "qlora" in warned
-    assert method_findings(cfg, dict(SEVEN, parameters=0.9e9)) == []
+    assert method_findings(cfg, dict(SEVEN, parameters=0.9e9), GPU) == []
 
 
 def test_a_batch_that_does_not_divide_a_step_is_an_error_with_what_to_write(small_folder):
@@ -266,3 +268,12 @@ def test_a_batch_that_does_not_divide_a_step_is_an_error_with_what_to_write(smal
         assert f"tokens_per_step: {write}," in said(settings_findings(cfg), "error")[0]
     cfg = check_recipe(dict(demo=8, pretrain=dict(length=128, tokens_per_step=512, batch=4), sft=False))
     assert said(settings_findings(cfg), "error") == []
+
+
+def test_the_optimizer_of_8_bits_is_refused_on_a_cpu_before_the_run(small_folder):
+    small = sizes(tiny(small_tokenizer()).config)
+    cfg = check_recipe(dict(demo=8, model=str(small_folder), pretrain=dict(optimizer="adamw8bit"), sft=False))
+    assert "Write adamw" in said(method_findings(cfg, small, CPU), "error")[0]
+    assert method_findings(cfg, small, GPU) == []
+    with patch("domain_llm.run.base_model.find_spec", lambda m: None if m == "bitsandbytes" else True):
+        assert "adamw8bit needs bitsandbytes" in said(extras_findings(cfg), "error")[0]

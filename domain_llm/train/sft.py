@@ -234,6 +234,7 @@ SFT_DEFAULTS = dict(
     warmup=0.1,  # share of the steps in which the rate rises
     schedule="cosine",  # then: cosine (falls to 0) or constant
     weight_decay=0.0,
+    optimizer="adamw",  # or adamw8bit, on a GPU: states of 8 bits
     rank=16,
     alpha=32,  # LoRA: rank of the adapter and its scale
     probes=2,  # how often the probes run and a checkpoint is written
