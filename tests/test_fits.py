@@ -1,7 +1,10 @@
 "Training that fits: gradient checkpointing, several rows a pass, weights of 4 bits."
 
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,6 +109,36 @@ def test_a_model_that_cannot_checkpoint_is_refused_with_the_line_to_write(tok):
         pass
     with checkpointing(model, on=False):
         pass
+
+
+PEAK = """import sys
+from transformers import LlamaConfig, LlamaForCausalLM
+from domain_llm.devices import peak_memory_gb, reset_peak_memory
+from domain_llm.run.base_model import sizes
+from domain_llm.run.plan import memory_parts, this_device
+from domain_llm.train.loop import TRAIN_DEFAULTS, train
+shape = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=16, num_attention_heads=4)
+config = LlamaConfig(vocab_size=512, num_key_value_heads=2, max_position_embeddings=1280, **shape)
+set_ = {**TRAIN_DEFAULTS, "length": 1280, "tokens_per_step": 1280, "probes": 1}
+ids = [5 + i % 500 for i in range(1280)]
+rows, peaks = [dict(input_ids=ids, labels=ids, source="domain")] * 2, []
+for on in (True, False):  # what the first leaves behind does not help the second
+    model = LlamaForCausalLM(config)
+    reset_peak_memory()
+    train(model, rows, f"{sys.argv[1]}/{on}", {**set_, "gradient_checkpointing": on})
+    peaks.append(peak_memory_gb())
+parts = memory_parts({**set_, "gradient_checkpointing": False}, sizes(config), this_device())
+print(*peaks, parts["activations"] / 1e9)"""
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not say how much memory a process held"
+)
+def test_checkpointing_saves_most_of_the_activations_at_the_peak(tmp_path):
+    "Fifteen of sixteen layers are not held at a time; a sixteenth of what each keeps, its input, is."
+    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
+    on, off, activations = map(float, done.stdout.split()[-3:])
+    assert off - on == pytest.approx(activations * 14 / 16, rel=0.25)
 
 
 # Several rows a pass

@@ -56,11 +56,12 @@ def recipe(model, **more):
     )
 
 
-def run(folder, given, out="out"):
-    "Run a recipe; gives the folder of the run."
-    (folder / "r.yaml").write_text(yaml.safe_dump(given))
-    run_recipe(folder / "r.yaml", folder / out)
-    return folder / out
+def run(folder, given):
+    "The folder of a run of a recipe."
+    path, out = folder / "r.yaml", folder / "out"
+    path.write_text(yaml.safe_dump(given))
+    run_recipe(path, out)
+    return out
 
 
 @pytest.fixture(scope="module")
