@@ -11,6 +11,10 @@ import os
 import sys
 
 from . import advice, ask_command, commands, plan_command, quantize_command, review_command
+from .core import InputError
+from .devices import share_cores, shortage
+from .run.arms import abouts
+from .run.recipe import PRESETS
 from .train.vocab import STARTS
 
 # %% ../nbs/98_cli.ipynb #46a4ef51

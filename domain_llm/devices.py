@@ -138,7 +138,7 @@ def _cpu_bfloat16():
 
 # %% ../nbs/91_devices.ipynb #98d034e3
 MEMORY_ADVICE = (
-    "Use a smaller model, method: lora (or a smaller rank), a smaller length, or fewer tokens per step; "
+    "Use method: lora or qlora (or a smaller rank), gradient_checkpointing: true, a smaller length or a smaller model; "
     "for answers and measurements alone, quantize='nf4' loads the weights in 4 bits."
 )
 _OUT_OF_MEMORY = (

@@ -248,6 +248,8 @@ def load(
     device = device or default_device()
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else half_dtype(device))
     kw = dict(device_map=device, quantization_config=_bnb(quantize, dtype)) if quantize else {}
+    if quantize and is_adapter(resolve(name)):
+        raise InputError(f"{name} is an adapter: merge it into its 16-bit model (ship.merge.merge) and quantize that.")
     tok = load_tokenizer(name, trust_remote_code)
     with quiet(), memory_advice(f"loading the model '{name}'"):
         model = _weights(resolve(name), trust_remote_code, dtype=dtype, **kw)

@@ -60,7 +60,7 @@ RECIPES = {  # a recipe that is wrong, and what the message must name
     "way to select with a typo": ("demo: 8\nselect: {by: densty}", "did you mean 'density'"),
     "zero epochs": ("demo: 8\nmix: {epochs: 0}", "above 0"),
     "share above one": ("demo: 8\ncorpus: {held_out: 1.5}", "between 0 and 1"),
-    "method": ("demo: 8\npretrain: {method: qlora2}", "full or lora"),
+    "method": ("demo: 8\npretrain: {method: qlora2}", "full, lora or qlora"),
     "quantization": ("demo: 8\nquantize: {types: [q3_k]}", "q8_0"),
     "seed is text": ("demo: 8\nseed: abc", "whole number"),
     "demo too small": ("demo: 1", "8 to 20000"),

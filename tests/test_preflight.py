@@ -163,7 +163,7 @@ def test_a_recipe_that_trains_nothing_is_refused_and_breaks_no_other_check(seven
 )
 def test_an_absent_package_of_a_later_stage_is_named_with_its_install_command(absent, where):
     cfg = recipe()
-    cfg["pretrain"]["quantize"] = "nf4"
+    cfg["pretrain"]["method"] = "qlora"
     with patch("domain_llm.run.base_model.find_spec", lambda m: None if m == absent else True):
         found = extras_findings(cfg)
     (error,) = said(found, "error")

@@ -245,8 +245,9 @@ def test_loss_of_a_model_whose_forward_gives_all_logits(tok):
     ours, theirs = tiny(tok), Remote(tiny(tok).config).eval()
     theirs.load_state_dict(ours.state_dict())
     theirs.config._attn_implementation = "eager"
-    batch = collate([pack(rows_of(tok), 64)[0][0]])
-    batch["labels"][0, 3:6] = -100
+    row = pack(rows_of(tok), 64)[0][0]
+    row["labels"][3:6] = [-100] * 3
+    batch = collate([row])
     with torch.no_grad():
         want, got, adapted = (token_losses(m, batch) for m in (ours, theirs, add_lora(theirs, 2, 2)))
     for losses, at in (got, adapted):

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Number', 'AboveZero', 'FromZero', 'Share', 'Integer', 'Whole', 'Entities', 'Wordings', 'YesNo', 'Text', 'Texts',
            'OnePath', 'Paths', 'Source', 'Parts', 'Kind', 'Kinds', 'Way', 'Ways', 'Task', 'Tasks', 'Types', 'Method',
-           'Schedule', 'Start', 'Language', 'NewRows', 'Meanings', 'DemoOrSize', 'Pretrain', 'Sft', 'OPTIONAL', 'LATER',
-           'Says', 'Section', 'Data', 'Corpus', 'Demo', 'Lab', 'Vocab', 'Select', 'Mix', 'Evaluate', 'Quantize',
-           'Recipe', 'identifying', 'recipe_schema', 'section_of', 'checked_settings']
+           'Optimizer', 'Checkpointing', 'Schedule', 'Start', 'Language', 'NewRows', 'Meanings', 'DemoOrSize',
+           'Pretrain', 'Sft', 'OPTIONAL', 'LATER', 'NO_EFFECT', 'Says', 'Section', 'Data', 'Corpus', 'Demo', 'Lab',
+           'Vocab', 'Select', 'Mix', 'Evaluate', 'Quantize', 'Recipe', 'identifying', 'recipe_schema', 'section_of',
+           'checked_settings']
 
 # %% ../../nbs/95_run.settings.ipynb #7055b652
 import re
@@ -102,7 +103,9 @@ Tasks = Annotated[
     Says(f"a list of tasks that documents alone give, without annotated rows: {', '.join(get_args(Task))}"),
 ]
 Types = Annotated[list[Literal["q8_0", "q4_0"]], Field(min_length=1), Says("a list of q8_0 and q4_0")]
-Method = Annotated[Literal["full", "lora"], Says("full or lora")]
+Method = Annotated[Literal["full", "lora", "qlora"], Says("full, lora or qlora")]
+Optimizer = Annotated[Literal["adamw", "adamw8bit"], Says("adamw or adamw8bit")]
+Checkpointing = Annotated[Literal[True, False, "auto"], Says("true, false or auto")]
 Schedule = Annotated[Literal["cosine", "constant"], Says("cosine or constant")]
 Start = Annotated[Literal["base", "chat"], Says("base or chat")]
 Language = Annotated[Literal["en", "zh"], Says("en or zh")]
@@ -206,15 +209,21 @@ class Mix(Section):
 
 # %% ../../nbs/95_run.settings.ipynb #78d40ebe
 _TRAINING = dict(
-    method=(Method, "full trains all weights; lora trains an adapter on every linear layer."),
-    learning_rate=(AboveZero, "Peak of the learning rate; lora wants about ten times that of full."),
+    method=(
+        Method,
+        "full trains all weights; lora an adapter on every linear layer; qlora the same beside weights of 4 bits.",
+    ),
+    learning_rate=(AboveZero, "Peak of the learning rate; lora and qlora want about ten times that of full."),
     tokens_per_step=(Whole, "Tokens in one optimizer step."),
     length=(Whole, "Tokens in one packed row; longer conversations are left out."),
+    batch=(Whole, "Packed rows in one forward pass; it divides the rows of a step, tokens_per_step by length."),
+    gradient_checkpointing=(Checkpointing, "Compute layers twice to save memory; auto: where it would be short."),
     warmup=(FromZero, "Share of the steps in which the learning rate rises from 0."),
     schedule=(Schedule, "After the warmup the rate falls along a cosine to 0, or stays constant."),
     weight_decay=(FromZero, "Weight decay of AdamW."),
-    rank=(Whole, "Rank of the adapter (method lora)."),
-    alpha=(AboveZero, "Scale of the adapter, divided by its rank (method lora)."),
+    optimizer=(Optimizer, "adamw8bit, on an NVIDIA GPU, has states of 8 bits and no 32-bit copies of the weights."),
+    rank=(Whole, "Rank of the adapter (methods lora and qlora)."),
+    alpha=(AboveZero, "Scale of the adapter, divided by its rank (methods lora and qlora)."),
     probes=(Whole, "How often domain and general text are measured and a checkpoint is written."),
     forgetting_budget=(FromZero, "Share by which general bits per byte may rise; weights are moved back to keep it."),
 )
@@ -296,8 +305,10 @@ LATER = {
     "tasks": [],
     "vocab": None,
     "lab": {"lang": "en"},
-    "sft": {"start": "base"},
+    "pretrain": {"batch": 1, "optimizer": "adamw"},
+    "sft": {"start": "base", "batch": 1, "optimizer": "adamw"},
 }  # later settings, as they change nothing
+NO_EFFECT = ("gradient_checkpointing",)  # settings of memory and time, with which a result is the same
 
 
 def identifying(
@@ -308,7 +319,8 @@ def identifying(
     for name, value in settings.items():
         unset = LATER.get(name)
         if isinstance(unset, dict) and isinstance(value, dict):
-            out[name] = {key: v for key, v in value.items() if key not in unset or v != unset[key]}
+            same = {key for key, v in value.items() if key in NO_EFFECT or key in unset and v == unset[key]}
+            out[name] = {key: v for key, v in value.items() if key not in same}
         elif name not in LATER or value != unset:
             out[name] = value
     return out

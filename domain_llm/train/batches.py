@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 
 from ..core import InputError
+from ..devices import half_dtype
 
 # %% ../../nbs/40_train.batches.ipynb #868834f9
 def _with_source_number(row, names):
@@ -62,25 +63,31 @@ def labelled(
 def collate(
     rows: list,  # packed rows
 ):
-    "One batch: the rows laid end to end as a single row of shape (1, tokens), so that nothing is padded."
+    """One batch: the rows laid end to end as a single row of shape (1, tokens), so that nothing is padded, and the
+    positions `asked` whose next token has a label, shape (labelled,)."""
     import torch
 
     batch = {}
     for key in rows[0]:
         end_to_end = [value for row in rows for value in row[key]]
         batch[key] = torch.tensor([end_to_end])
-    return batch
+    return batch | dict(asked=_asked(batch["labels"]))
+
+
+def _asked(labels):
+    "The position before each labelled token, which predicts it; labels of shape (1, tokens)."
+    return (labels[0, 1:] != -100).nonzero()[:, 0]
 
 # %% ../../nbs/40_train.batches.ipynb #c6ad8cce
 def token_losses(
     model,
-    batch: dict,  # tensors of shape (1, tokens)
+    batch: dict,  # as from `collate`, or tensors of shape (1, tokens) without `asked`
 ):
     """Loss in nats of every labelled token, shape (labelled,), and their positions. Logits are made for these
     tokens only."""
     import torch.nn.functional as F
 
-    at = (batch["labels"][0, 1:] != -100).nonzero()[:, 0]  # the place before each labelled token predicts it
+    at = batch["asked"] if "asked" in batch else _asked(batch["labels"])
     positions = batch["position_ids"]
     extra = {}
     if getattr(model.config, "_attn_implementation", None) == "documents":
@@ -163,19 +170,30 @@ def _document_attention(
 def documents_apart(
     model,  # a loaded model, with or without adapters
 ):
-    """Inside the block `token_losses` attends document by document; a model with another attention than plain
-    SDPA stays as it is."""
+    """Inside the block `token_losses` attends document by document on a CPU, and by flash attention on a GPU that
+    has it; a model with another attention than plain SDPA stays as it is."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    plain = inner.config._attn_implementation == "sdpa" and not getattr(inner.config, "sliding_window", None)
     AttentionInterface.register("documents", _document_attention)
     AttentionMaskInterface.register("documents", sdpa_mask)
-    if plain:
-        inner.set_attn_implementation("documents")
+    better = _better_attention(inner) if inner.config._attn_implementation == "sdpa" else None
+    if better:
+        inner.set_attn_implementation(better)
     try:
         yield
     finally:
-        if plain:
+        if better:
             inner.set_attn_implementation("sdpa")
+
+
+def _better_attention(model):
+    "The name of the attention that is faster than SDPA for packed rows on the model's device, or None."
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    if model.device.type == "cpu":
+        return None if getattr(model.config, "sliding_window", None) else "documents"
+    flash = is_flash_attn_2_available() and getattr(model, "_supports_flash_attn", False)
+    return "flash_attention_2" if flash and half_dtype(model.device) == torch.bfloat16 else None

@@ -12,7 +12,8 @@ import tempfile
 from ..core import atomic_dir
 from ..models import load, quiet
 from .batches import collate, token_losses
-from .loop import TRAIN_DEFAULTS, add_lora, train
+from .loop import TRAIN_DEFAULTS, train
+from .qlora import adapted
 
 # %% ../../nbs/94_train.fit.ipynb #ce669e9d
 def answer_probe(
@@ -33,19 +34,18 @@ def answer_probe(
 
 # %% ../../nbs/94_train.fit.ipynb #2b9587b2
 def fitted(
-    model,  # stays as it is
+    model,  # stays as it is; for method="qlora" from `load_for`
     rows: list,  # token rows in training order
     seed: int = 0,
     probe=None,  # as in `train`: the best step is kept; None: the last
-    **settings,  # of TRAIN_DEFAULTS, where they differ; method="lora" gives a model with an adapter
+    **settings,  # of TRAIN_DEFAULTS, where they differ; method="lora" and "qlora" give a model with an adapter
 ):
     "A copy of a model, trained on the rows; no checkpoint stays."
     import torch
 
     model, settings = copy.deepcopy(model), {**TRAIN_DEFAULTS, **settings}
-    if settings["method"] == "lora":
-        torch.manual_seed(seed)
-        model = add_lora(model, settings["rank"], settings["alpha"])
+    torch.manual_seed(seed)  # a new adapter is drawn at random
+    model = adapted(model, settings)
     with tempfile.TemporaryDirectory() as folder:
         train(model, rows, folder, settings, probe, seed)
     return model

@@ -225,13 +225,16 @@ def _row(messages, text, spans, upto, tok, source, where):
 
 # %% ../../nbs/43_train.sft.ipynb #1e3ec3ef
 SFT_DEFAULTS = dict(
-    method="lora",  # lora (adapters on all linear layers) or full (all weights)
+    method="lora",  # lora (adapters on all linear layers), qlora (lora beside weights of 4 bits) or full (all weights)
     learning_rate=5e-4,  # peak
     tokens_per_step=512,  # tokens in one optimizer step
     length=512,  # tokens in one packed row; longer conversations are left out
+    batch=1,  # packed rows in one forward pass
+    gradient_checkpointing="auto",  # true, false or auto: a run looks at the memory
     warmup=0.1,  # share of the steps in which the rate rises
     schedule="cosine",  # then: cosine (falls to 0) or constant
     weight_decay=0.0,
+    optimizer="adamw",  # or adamw8bit, on a GPU: states of 8 bits
     rank=16,
     alpha=32,  # LoRA: rank of the adapter and its scale
     probes=2,  # how often the probes run and a checkpoint is written
