@@ -39,11 +39,8 @@ from ..train.start import advise
 from ..train.vocab import bpe_spec, extend, saving
 
 # %% ../../nbs/62_run.preflight.ipynb #11e3abfd
-USUAL_RATES = {
-    "full": (2e-6, 2e-3),
-    "lora": (5e-5, 1e-2),
-    "qlora": (5e-5, 1e-2),
-}  # learning rates outside teach nothing or destroy the model
+# learning rates outside teach nothing or destroy the model
+USUAL_RATES = {"full": (2e-6, 2e-3), "lora": (5e-5, 1e-2), "qlora": (5e-5, 1e-2)}
 
 
 def settings_findings(

@@ -110,9 +110,7 @@ Schedule = Annotated[Literal["cosine", "constant"], Says("cosine or constant")]
 Start = Annotated[Literal["base", "chat"], Says("base or chat")]
 Language = Annotated[Literal["en", "zh"], Says("en or zh")]
 NewRows = Annotated[Literal[STARTS], Says("mean, weighted, semantic or random")]
-Meanings = Annotated[
-    dict[Text, Text], Says("words with what they mean, such as {servovalve: a valve that a signal moves}")
-]
+Meanings = Annotated[dict[Text, Text], Says("words with what they mean, such as {weir: a low dam}")]
 
 # %% ../../nbs/95_run.settings.ipynb #496eadeb
 class Section(BaseModel):
@@ -181,10 +179,7 @@ class Vocab(Section):
     "New pieces for the words of the documents: a longer tokenizer, and a model with a row for each."
 
     pieces: Whole = Field(500, description="Pieces at most; fewer where no further piece saves two tokens.")
-    start: NewRows = Field(
-        "mean",
-        description="Values of a new row: mean or weighted mean of old pieces, a description's mean, or random.",
-    )
+    start: NewRows = Field("mean", description="New rows: mean of the old pieces', weighted, of a description, random.")
     descriptions: Meanings = Field({}, description="For start: semantic, words and what they mean.")
 
 
