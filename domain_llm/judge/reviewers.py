@@ -162,7 +162,8 @@ def _left(rows):
     low, high = ratio_interval(scores, groups=groups)
     if low is None or high - low < 1e-9:
         low, high = rate_interval([min(1.0, max(0.0, score)) for score in scores], groups)
-    return dict(rate=fmean(scores), low=low, high=high, n=len(rows))
+    ends = dict(low=None, high=None) if low is None else dict(low=max(0.0, low), high=min(1.0, high))
+    return dict(rate=fmean(scores), **ends, n=len(rows))
 
 # %% ../../nbs/94_judge.reviewers.ipynb #07f680b5
 def mark_chances(
