@@ -18,7 +18,7 @@ from ..data.mix import mixture, tokenize
 from ..data.select import embed, select
 from ..models import is_adapter, load, quiet
 from .base_model import sizes
-from .plan import memory_parts, this_device
+from .plan import USABLE, memory_parts, this_device
 from ..small_world import SMALL_WORLDS, small_model
 from ..train.loop import train
 from ..train.picture import picture, pieces, row_losses, shortened
@@ -318,7 +318,7 @@ def checkpointing_of(
     if said != "auto":
         return said
     parts = memory_parts({**set_, "gradient_checkpointing": False}, size, device)
-    return sum(parts.values()) > 0.9 * device["free"]
+    return sum(parts.values()) > USABLE * device["free"]
 
 
 def _with_saved(model, folder, cfg):
