@@ -96,6 +96,7 @@ AFTER_SFT = ["evaluate", "screen", "answers", "quantize", "report"]
 AFTER_PRETRAIN = ["pretrain", "sft", *AFTER_SFT]
 ALL = ["corpus", "baseline", *AFTER_PRETRAIN]
 OTHER = dict(warmup=0.2, schedule="constant", weight_decay=0.1, rank=8, alpha=8, probes=3, forgetting_budget=0.5)
+OTHER |= dict(batch=2, optimizer="adamw8bit")
 TABLE = {  # setting -> (another value, stages that run again)
     "name": ("other", ["report"]),
     "model": ("owner/other", ["baseline", *AFTER_PRETRAIN]),
@@ -137,6 +138,8 @@ TABLE = {  # setting -> (another value, stages that run again)
             **OTHER,
         ).items()
     },
+    "pretrain.gradient_checkpointing": (True, []),  # a matter of memory, with which the result is the same
+    "sft.gradient_checkpointing": (False, []),
     "evaluate.questions": (10, ["baseline", "evaluate", "screen", "report"]),
     "evaluate.probe_tokens": (500, ["baseline", *AFTER_PRETRAIN]),
     "evaluate.screen": (False, ["report"]),
