@@ -114,6 +114,7 @@ TABLE = {  # setting -> (another value, stages that run again)
     "corpus.held_out": (0.2, ALL),
     "vocab.pieces": (100, ["vocab", *AFTER_PRETRAIN]),
     "vocab.start": ("weighted", ["vocab", *AFTER_PRETRAIN]),
+    "vocab.descriptions": ({"weir": "a low dam"}, ["vocab", *AFTER_PRETRAIN]),
     **{f"select.{k}": (v, AFTER_PRETRAIN) for k, v in dict(tokens=1000, by="prior", kinds=["web"], near=0.5).items()},
     "mix.parts": ({"domain": 1, "general": 2, "instructions": 0.2}, AFTER_PRETRAIN),
     **{f"mix.{k}": (v, AFTER_PRETRAIN) for k, v in dict(epochs=2, tokens=5000, max_epochs=9).items()},
