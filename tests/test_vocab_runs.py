@@ -162,10 +162,9 @@ def test_the_budget_counts_from_the_original_model(whole, tmp_path, small_folder
     read = dict(held_out=whole / "corpus/held_out.jsonl", general_probe=whole / "inputs/general_probe/rows.jsonl")
     choose, _ = texts_of({}, read, 100)
     original = bits_per_byte(*load(str(small_folder), device="cpu"), choose["general"])["bpb"]
-    job = Job(
-        {}, {}, dict(vocab=whole / "vocab" / "vocab.json", history=whole / "pretrain" / "history.json"), tmp_path, ""
-    )
-    assert before["general_bpb"] == _reference(job) == pytest.approx(original, rel=1e-3)
+    read = dict(vocab=whole / "vocab" / "vocab.json", history=whole / "pretrain" / "history.json")
+    job = Job({}, dict(method="lora"), read, tmp_path, "")
+    assert before["general_bpb"] == _reference(job, None) == pytest.approx(original, rel=1e-3)
     assert read_json(whole / "pretrain" / "history.json")[0]["general_bpb"] != before["general_bpb"]
 
 

@@ -51,9 +51,8 @@ def model_of(name, method):
     model = AutoModelForCausalLM.from_config(config(name)).float()
     if method != "qlora":
         return model
-    from domain_llm.train.qlora import load_for
-
     from domain_llm.small_world import small_tokenizer
+    from domain_llm.train.qlora import load_for
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
