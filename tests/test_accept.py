@@ -65,6 +65,18 @@ def test_a_file_that_is_worse_by_the_margin_is_rarely_accepted(n, margin, more):
     assert wrongly / 20_000 < 0.035
 
 
+@pytest.mark.parametrize("sizes, margin", [([4] * 60, 0.1), ([1, 13] * 100, 0.03), ([1, 13] * 30, 0.1)])
+def test_groups_that_fall_as_a_whole_are_rarely_accepted(sizes, margin):
+    "A file that is worse by the margin, whose answers change group by group, equal groups or those of 1 and 13."
+    rng, wrongly, times = np.random.default_rng(0), 0, 600
+    groups = [str(g) for g, size in enumerate(sizes) for _ in range(size)]
+    for _ in range(times):
+        lost = rng.random(len(sizes)) < margin
+        after = [0 if gone else 1 for gone, size in zip(lost, sizes) for _ in range(size)]
+        wrongly += change([1] * len(after), after, groups)["low"] > -margin
+    assert wrongly / times < 0.045  # 2.5% by design; 600 exams are exact to about one point
+
+
 @pytest.mark.parametrize("margin, differ", [(0.03, 0.02), (0.03, 0.1), (0.05, 0.05), (0.1, 0.2)])
 def test_so_many_questions_let_an_equal_file_pass(margin, differ):
     n = needed_questions(margin, differ)

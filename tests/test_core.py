@@ -11,6 +11,23 @@ from domain_llm.devices import peak_memory_gb, reset_peak_memory, share_cores
 from domain_llm.results import load_result, save_result
 
 
+def test_a_folder_of_the_users_is_not_filled(tmp_path):
+    for made in (tmp_path / "new", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        core.claim_folder(made, "formats")
+        (made / "result.json").write_text("1")
+        core.claim_folder(made, "formats")
+        with pytest.raises(core.InputError, match="holds something else"):
+            core.claim_folder(made, "review")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "report.html").write_text("mine")
+    for taken in (mine, mine / "report.html"):
+        with pytest.raises(core.InputError, match="holds something else.*Choose another folder with --out"):
+            core.claim_folder(taken, "review")
+    assert [p.name for p in mine.iterdir()] == ["report.html"] and (mine / "report.html").read_text() == "mine"
+
+
 def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
     target = tmp_path / "a.json"
     core.write_json(target, {"n": 1})

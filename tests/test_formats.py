@@ -235,6 +235,10 @@ def test_the_command(wide, database, tmp_path, monkeypatch, capsys):
     assert "ship q8_0" in capsys.readouterr().out
     for wrong in (["--formats", "q9"], ["--margin", "0"], ["--questions", "none.jsonl"]):
         assert main([*given, *wrong]) == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "SERVE.md").write_text("mine")
+    assert main([*given, "--out", str(tmp_path / "mine")]) == 2
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["SERVE.md"]
 
 
 def test_formats_that_are_tried(wide, tiny_folder):

@@ -332,6 +332,22 @@ def test_wrong_marks_are_refused(served, wrong):
     assert item not in ask(served.port, "marks", token)[1]["marks"]
 
 
+def test_a_review_fills_no_folder_of_something_else(tmp_path):
+    folder = review_folder(tmp_path)
+    key = read_json(folder / "key.json")
+    rows = {row["item"]: dict(mark=row.get("known") or "left") for row in key["items"] if row["reviewer"] == "R1"}
+    write_json(tmp_path / "marks" / "m.json", dict(packet=key["packet"], reviewer="R1", marks=rows))
+    mine = tmp_path / "runs"
+    mine.mkdir()
+    (mine / "report.html").write_text("mine")
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("secret-7b", "base-13b")]
+    with pytest.raises(InputError, match="holds something else"):
+        prepare_review(files, tmp_path / "open.jsonl", mine)
+    with pytest.raises(InputError, match="holds something else"):
+        collect_review(tmp_path / "marks", folder / "key.json", mine)
+    assert [path.name for path in mine.iterdir()] == ["report.html"]
+
+
 def test_the_store_of_a_server_is_collected(tmp_path):
     folder = review_folder(tmp_path)
     key = read_json(folder / "key.json")
@@ -430,5 +446,5 @@ def test_the_last_word_of_a_reply_counts(text, said):
 
 def test_files_are_left_alone(tmp_path):
     folder = review_folder(tmp_path)
-    assert {path.name for path in folder.iterdir()} == {"key.json", "packet.json", "review.html"}
+    assert {path.name for path in folder.iterdir()} == {"key.json", "made_by.json", "packet.json", "review.html"}
     assert len(read_jsonl(Path(tmp_path) / "open.jsonl")) == 20

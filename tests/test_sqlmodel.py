@@ -177,7 +177,7 @@ def test_a_cut_training_goes_on(rows, plant, base, tmp_path, monkeypatch):
 
 def test_files_of_others_are_left_alone(rows, plant, base, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds other files"):
+    with pytest.raises(InputError, match="holds something else"):
         make_sql_model(rows, plant, str(base), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 

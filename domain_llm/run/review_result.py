@@ -9,7 +9,7 @@ __all__ = ['IGNORED', 'reviewed', 'told_review', 'collect_review']
 from pathlib import Path
 from statistics import fmean, median
 
-from ..core import InputError, atomic_file, read_json, write_json
+from ..core import InputError, atomic_file, claim_folder, read_json, write_json
 from ..judge.packet import joined_marks, read_marks
 from ..judge.review import beside_choice, choose, rates_plot, strengths_plot, win_rates
 from ..judge.reviewers import agreement, calibrated, position_bias, self_agreement
@@ -205,6 +205,7 @@ def collect_review(
         raise InputError(f"{key_file} is not the key of a review. Name the key.json that was written with the page.")
     rows = _read_all(marks, key)
     found = reviewed(rows, key, _read_exam(exam, key["models"]) if exam else None)
+    claim_folder(out, "review")
     if judge:
         packet = read_json(Path(key_file).parent / "packet.json")
         judged, unclear = judge_marks(judge_items(packet, key), kept=Path(out) / "judge.jsonl", **judge)

@@ -10,7 +10,7 @@ import json
 import secrets
 from pathlib import Path
 
-from ..core import InputError, fingerprint, progress, read_json, read_jsonl, write_json
+from ..core import InputError, claim_folder, fingerprint, progress, read_json, read_jsonl, write_json
 from ..judge.packet import build_packet, equalized, gives_away, said_size
 from ..models import chat, load
 from .pipeline import final_model
@@ -162,6 +162,7 @@ def prepare_review(
         raise InputError("a review compares different models: name at least two, each once.")
     known = None if calibration is None else _read_calibration(calibration)
     criteria = None if rubric is None else read_rubric(rubric)
+    claim_folder(out, "review")
     before = read_json(out / "key.json") if (out / "key.json").exists() else None
     keep = [answers_of(name, rows, out / "answers", max_tokens, trust_remote_code) for name in models]
     answers = dict(zip(_short(models), keep))

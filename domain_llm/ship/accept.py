@@ -7,6 +7,7 @@ __all__ = ['lowest_difference', 'change', 'accept', 'needed_questions']
 
 # %% ../../nbs/57_ship.accept.ipynb #2577224c
 import math
+from collections import Counter
 
 from ..core import InputError
 from ..judge.stats import paired
@@ -25,7 +26,7 @@ def _lost_if(gained, lost, n, d):
 def lowest_difference(
     gained: float,  # questions that only the second model answers right
     lost: float,  # questions that only the first one answers right
-    n: int,  # questions
+    n: float,  # questions, or as many independent ones as they are worth
 ):
     "The lower end of the 95% score interval of (gained - lost) / n, the change of an accuracy on the same questions."
     from scipy.optimize import brentq
@@ -50,13 +51,14 @@ def change(
     "Change of an accuracy on the same questions: diff, low (lower end of a 95% interval), gained, lost, n and groups."
     found = paired(before, after, groups)
     n = len(before)
-    independent = n if groups is None else len(set(map(str, groups)))
+    sizes = Counter(map(str, groups if groups is not None else range(n))).values()
+    independent = n**2 / sum(size**2 for size in sizes)  # if a group stands or falls as a whole
     share = independent / n
     low = lowest_difference(share * found["gained"], share * found["lost"], independent)
     if independent < n and found["low"] is not None:
         low = min(low, found["low"])
     parts = {name: found[name] for name in ("diff", "gained", "lost")}
-    return dict(parts, low=low, n=n, groups=independent)
+    return dict(parts, low=low, n=n, groups=len(sizes))
 
 # %% ../../nbs/57_ship.accept.ipynb #1439be14
 def _tested(original, form, margin):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import domain_llm
 from ..core import InputError
+from ..devices import default_device, half_dtype, peak_bytes
 from ..judge.answers import exact_match, execution_accuracy
 from ..judge.choice import multiple_choice
 from ..judge.questions import check_questions
@@ -171,18 +172,6 @@ def compared_speed(
     return found
 
 # %% ../../nbs/95_ship.formats.ipynb #b5a749e2
-def _own_peak():
-    "The largest resident set of this process so far, in bytes."
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
-    import psutil
-
-    found = psutil.Process().memory_info()
-    return getattr(found, "peak_wset", found.rss)
-
-
 def run_once(
     program: str,  # "llama.cpp" or "transformers"
     path: str,  # GGUF file, or model
@@ -200,13 +189,11 @@ def run_once(
         model, _ = load(path, dtype=dtype_here(), quantize=quantize or None)
         timed_torch(model, ids)
         gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return dict(memory=_own_peak(), gpu_memory=gpu)
+    return dict(memory=peak_bytes(), gpu_memory=gpu)
 
 
 def dtype_here():
     "The type in which models of transformers are loaded: 16 bits where this machine computes in them."
-    from domain_llm.devices import default_device, half_dtype
-
     return half_dtype(default_device())
 
 

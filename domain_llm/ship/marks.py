@@ -9,8 +9,6 @@ __all__ = ['review_page', 'write_page', 'keep_mark', 'kept_marks', 'Mark', 'make
 import hmac
 import json
 import secrets
-import sqlite3
-from contextlib import closing, contextmanager
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..core import InputError, atomic_file
 from ..demo.facts import read_asset
 from .door import add_errors, door, page_policy, run_app
+from .feedback import stored
 from .gguf import need_packages
 from .serve import LOOPBACK, check_access
 
@@ -57,20 +56,9 @@ _UPSERT = """INSERT INTO marks (packet, reviewer, item, at, said) VALUES (?, ?, 
 ON CONFLICT (packet, reviewer, item) DO UPDATE SET at = excluded.at, said = excluded.said WHERE excluded.at >= at"""
 
 
-@contextmanager
 def _store(path):
-    "A connection to the file of marks; what goes wrong with it becomes an InputError."
-    try:
-        with closing(sqlite3.connect(path, timeout=10)) as con:
-            found = dict(con.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'"))
-            if found and found != {"marks": _TABLE.replace("IF NOT EXISTS ", "")}:
-                raise InputError(f"{path} is a database of something else. Name another file for marks.")
-            con.execute("PRAGMA journal_mode = WAL")
-            con.execute("PRAGMA synchronous = FULL")
-            con.execute(_TABLE)
-            yield con
-    except sqlite3.Error as e:
-        raise InputError(f"marks cannot be kept in {path} ({e}). Name a file that can be written.") from e
+    "A connection to the file of marks."
+    return stored(path, "marks", _TABLE)
 
 
 def keep_mark(

@@ -9,7 +9,7 @@ __all__ = ['FILES', 'sixteen_bits', 'formats_of', 'try_formats', 'table', 'recom
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..core import InputError, fingerprint, nearest, read_json, write_json
+from ..core import InputError, claim_folder, fingerprint, nearest, read_json, write_json
 from ..judge.plots import error_bar
 from ..models import base_of, is_adapter, load, local_folder, resolve
 from .accept import accept, needed_questions
@@ -78,6 +78,7 @@ def try_formats(
     `accept`. What was measured before is kept."""
     folder, out = resolve(str(folder)), Path(out)
     names = formats_of(folder, formats)
+    claim_folder(out, "formats")
     kinds = [name for name in names if name in TYPES]
     base = Path(base_of(folder)) if is_adapter(folder) else None
     mark = fingerprint(Path(folder), base, exam, texts, Path(database) if database else None)
