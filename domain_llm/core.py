@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['InputError', 'nearest', 'text_width', 'refuse_existing', 'atomic_file', 'atomic_dir', 'claim_folder', 'write_json',
-           'read_json', 'write_jsonl', 'read_jsonl', 'cache_dir', 'file_hash', 'fingerprint', 'hub_rows', 'progress']
+           'read_json', 'write_jsonl', 'iter_jsonl', 'read_jsonl', 'cache_dir', 'file_hash', 'fingerprint', 'hub_rows',
+           'progress']
 
 # %% ../nbs/90_core.ipynb #d6efeec9
 import hashlib
@@ -146,28 +147,33 @@ def write_jsonl(path, rows):
             f.write(json.dumps(_finite(dict(row)), ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_jsonl(path):
-    "Read a list of dicts from a JSON Lines file; a broken line raises InputError with its number."
+def iter_jsonl(path):
+    "Yield the dicts of a JSON Lines file, one at a time; InputError names a broken line."
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        with open(path, encoding="utf-8-sig") as f:
+            for n, line in enumerate(f, 1):
+                if line.strip():
+                    yield _row_of(line, f"{path}, line {n}")
     except OSError as e:
         raise InputError(f"cannot read {path}: {e.strerror}.") from e
     except UnicodeDecodeError as e:
         raise InputError(f"{path} is not UTF-8 text ({e}). Convert it to UTF-8.") from e
-    rows = []
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise InputError(f"{path}, line {n} is not valid JSON: {e.msg}. Each line must be one JSON object.") from e
-        if not isinstance(row, dict):
-            raise InputError(
-                f"{path}, line {n} is a {type(row).__name__}, not a JSON object. Write one object per line."
-            )
-        rows.append(row)
-    return rows
+
+
+def _row_of(line, where):
+    "The dict that a line holds."
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise InputError(f"{where} is not valid JSON: {e.msg}. Each line must be one JSON object.") from e
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is a {type(row).__name__}, not a JSON object. Write one object per line.")
+    return row
+
+
+def read_jsonl(path):
+    "Read a list of dicts from a JSON Lines file; errors as from `iter_jsonl`."
+    return list(iter_jsonl(path))
 
 # %% ../nbs/90_core.ipynb #a873954c
 def cache_dir():

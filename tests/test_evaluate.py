@@ -381,13 +381,13 @@ def test_picks_equal_lm_eval(model, tok, bench, name):
         assert a == pytest.approx(b, abs=1e-3)
 
 
-def test_picks_equal_lm_eval_on_500_real_questions(bench):
+def test_picks_equal_lm_eval_on_real_questions(bench):
     "The demo model in float32 on short MMLU questions; a pick may differ only where two options are level."
     lm_eval_or_skip()
     rows = sorted(
         bench.mmlu(10**6), key=lambda r: len(r["question"]) * len(r["choices"]) + sum(map(len, r["choices"]))
-    )[:500]
-    if len(rows) < 500:
+    )[:500:5]
+    if len(rows) < 100:
         pytest.skip("no shared/data")
     model, tok = load()
     ref, got = bench.lm_eval_run(model, tok, rows, 16), multiple_choice(model, tok, rows)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..core import InputError, atomic_dir, atomic_file, read_json, read_jsonl, write_json
-from ..data.mix import mixture, tokenize
+from ..core import InputError, atomic_dir, atomic_file, iter_jsonl, read_json, read_jsonl, write_json
+from ..data.mix import mixture, token_rows
+from ..data.rows import chosen, gathered
 from ..data.select import embed, select
 from ..models import is_adapter, load, quiet
 from .base_model import sizes
@@ -77,16 +78,17 @@ def pretrain_stage(
     "Continued pre-training on the mixture; the best checkpoint by the probes becomes the stage's model."
     start = str(read.get("start", cfg["model"]))
     model, tok = _start(start, cfg, cfg["pretrain"]["method"])
-    docs = _selected(read_jsonl(read["documents"]), cfg, model, tok)
+    docs = _selected(read["documents"], cfg, model, tok)
     wanted = {name: cfg["mix"][name] for name in ("epochs", "tokens", "max_epochs")}
-    sources, left_out = _sources(cfg, read, docs, tok)
-    rows, planned = mixture(sources, cfg["mix"]["parts"], seed=cfg["seed"], **wanted)
+    sources, left_out = _sources(cfg, read, docs, tok, out / "rows")
+    mixed = out / "rows" / "mixture.arrow"
+    rows, planned = mixture(sources, cfg["mix"]["parts"], cfg["seed"], mixed, **wanted)
     notes = planned["notes"] + _left_out_said(left_out, cfg["pretrain"]["length"])
     print(_mixture_said(planned), *(f"note: {said}" for said in notes), sep="\n")
     trained = _train(Job(cfg, cfg["pretrain"], read, out, start), model, tok, rows)
     return dict(
         trained,
-        documents=len(docs),
+        documents=sum(1 for _ in docs()),
         tokens_per_source=planned["tokens"],
         supervised_per_source=planned["supervised"],
         shares=planned["shares"],
@@ -111,16 +113,20 @@ def _start(name, cfg, method="full", **kw):
     return (small_model(tok, cfg["seed"]) if name in SMALL_WORLDS else model), tok
 
 
-def _sources(cfg, read, docs, tok):
-    "The token rows of every source of the mixture, and the number of conversations that are too long for it."
+def _sources(cfg, read, docs, tok, folder):
+    """The token rows of every source of the mixture, in files in a folder, and the number of conversations that are
+    too long for it."""
     length, parts = cfg["pretrain"]["length"], cfg["mix"]["parts"]
-    sources = {"domain": tokenize(docs, tok, "domain", length)}
+    path = {name: folder / f"{name}.arrow" for name in parts}
+    sources = {"domain": gathered(token_rows(docs(), tok, "domain", length), path["domain"])}
     if "general" in parts:
-        sources["general"] = tokenize(read_jsonl(read["general"]), tok, "general", length)
+        general = token_rows(iter_jsonl(read["general"]), tok, "general", length)
+        sources["general"] = gathered(general, path["general"])
     left_out = 0
     if "instructions" in parts:
-        conversations = read_jsonl(read["instructions"])
-        sources["instructions"], left_out = encode_all(conversations, tok, length, "instructions")
+        conversations = iter_jsonl(read["instructions"])
+        coded = encode_all(conversations, tok, length, "instructions", path["instructions"])
+        sources["instructions"], left_out = coded
     return sources, left_out
 
 
@@ -141,12 +147,13 @@ def _mixture_said(planned):
     return "\n".join(lines)
 
 # %% ../../nbs/96_run.training.ipynb #170368ce
-def _selected(docs, cfg, model, tok):
-    "The documents that the recipe selects, all of them without `select.tokens`, `select.kinds` and `select.near`."
+def _selected(path, cfg, model, tok):
+    """A function that gives an iterator over the documents that the recipe selects: all of them, read line by line,
+    without `select.tokens`, `select.kinds` and `select.near`."""
     set_ = cfg["select"]
     if not (set_["tokens"] or set_["kinds"] or set_["near"]):
-        return docs
-    count = partial(_count_tokens, tok)
+        return partial(iter_jsonl, path)
+    docs, count = read_jsonl(path), partial(_count_tokens, tok)
     found = select(
         docs,
         set_["tokens"] or sum(count(doc["text"]) for doc in docs),
@@ -158,7 +165,7 @@ def _selected(docs, cfg, model, tok):
         embed=partial(embed, model, tok),
     )
     print(f"selected by {set_['by']}: {len(found)} of {len(docs)} documents")
-    return found
+    return partial(iter, found)
 
 
 def _count_tokens(tok, text):
@@ -175,7 +182,8 @@ def sft_stage(
     set_ = {name: value for name, value in cfg["sft"].items() if name in SFT_DEFAULTS}
     start = _start_of_sft(cfg, read, out)
     model, tok = _start(start, cfg, set_["method"])
-    own, left_out = encode_all(read_jsonl(read["instructions"]), tok, set_["length"], "domain")
+    coded = out / "rows" / "instructions.arrow"
+    own, left_out = encode_all(iter_jsonl(read["instructions"]), tok, set_["length"], "domain", coded)
     _draw(own[0], model, tok, out / "conversation.svg")
     rows = _repeated(own, cfg["sft"]["epochs"], cfg["seed"])
     trained = _train(Job(cfg, set_, read, out, start), model, tok, rows)
@@ -191,12 +199,12 @@ def _draw(row, model, tok, path):
 
 def _repeated(rows, epochs, seed):
     "The rows so many times, each time in a new order; a part of an epoch is a sample."
-    rng, out = random.Random(seed), []
+    rng, order = random.Random(seed), []
     wanted = epochs * len(rows)
-    while len(out) < wanted:
-        missing = int(wanted - len(out) + 0.999)  # rounded up
-        out += rng.sample(rows, min(len(rows), missing))
-    return out
+    while len(order) < wanted:
+        missing = int(wanted - len(order) + 0.999)  # rounded up
+        order += rng.sample(range(len(rows)), min(len(rows), missing))
+    return chosen(rows, order)
 
 
 def _start_of_sft(cfg, read, out):
@@ -244,6 +252,7 @@ def _train(job, model, tok, rows):
     if not done.exists():
         _train_anew(job, model, tok, rows)
     found = read_json(done)
+    shutil.rmtree(job.out / "rows", ignore_errors=True)
     if found["share_kept"] == 1:
         shutil.rmtree(job.out / "trained", ignore_errors=True)  # the same as out/model
     return found

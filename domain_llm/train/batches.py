@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 
 from ..core import InputError
+from ..data.rows import PACKED, gathered
 from ..devices import half_dtype
 
 # %% ../../nbs/40_train.batches.ipynb #868834f9
@@ -19,38 +20,35 @@ def _with_source_number(row, names):
     return dict(input_ids=row["input_ids"], labels=row["labels"], source=numbers)
 
 # %% ../../nbs/40_train.batches.ipynb #5062295a
+def _packed(rows, length, window, names):
+    "Yield packed rows, one window of rows after the other."
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    for start in range(0, len(rows), window):
+        some = [_with_source_number(rows[i], names) for i in range(start, min(start + window, len(rows)))]
+        settings = dict(batch_size=window, keep_in_memory=True)
+        for row in pack_dataset(Dataset.from_list(some), length, "bfd_split", map_kwargs=settings):
+            positions = [i for n in row["seq_lengths"] for i in range(n)]
+            labels = [-100 if place == 0 else label for place, label in zip(positions, row["labels"])]
+            yield dict(input_ids=row["input_ids"], labels=labels, position_ids=positions, source=row["source"])
+
+
 def pack(
-    rows: list,  # rows of `mix.tokenize` or `mix.mixture`, in training order
+    rows,  # rows of `mix.tokenize` or `mix.mixture`, in training order
     length: int,  # tokens of a packed row at most
     window: int = 64,  # rows that are packed together; the order of windows is kept
+    path=None,  # Arrow file for the packed rows; without it they are in memory
 ):
     """A Dataset of packed rows `{input_ids, labels, position_ids, source}` (each a list of at most `length` ints)
     and the source names."""
     from datasets import Dataset
-    from trl import pack_dataset
 
-    if not rows:
+    if not len(rows):
         raise InputError("there is nothing to train on: no rows after tokenization. Check the sources of the run.")
-    names = sorted({r["source"] for r in rows})
-    flat = Dataset.from_list([_with_source_number(row, names) for row in rows])
-    packed = []
-    for row in pack_dataset(
-        flat,
-        length,
-        "bfd_split",
-        map_kwargs=dict(batch_size=window, keep_in_memory=True),
-    ):
-        positions = [i for n in row["seq_lengths"] for i in range(n)]
-        labels = [-100 if place == 0 else label for place, label in zip(positions, row["labels"])]
-        packed.append(
-            dict(
-                input_ids=row["input_ids"],
-                labels=labels,
-                position_ids=positions,
-                source=row["source"],
-            )
-        )
-    return Dataset.from_list(packed), names
+    names = sorted({row["source"] for row in rows})
+    packed = gathered(_packed(rows, length, window, names), path, PACKED)
+    return Dataset.from_list(packed) if path is None else packed, names
 
 # %% ../../nbs/40_train.batches.ipynb #e34a50fd
 def labelled(

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core import InputError, atomic_dir, nearest, read_json, write_json
+from ..data.rows import chosen, lengths
 from ..devices import half_dtype, memory_advice
 from ..models import quiet
 from .batches import collate, documents_apart, labelled, pack, token_losses
@@ -267,10 +268,11 @@ def _one_device(args):
     args._n_gpu = 1
 
 
-def _packed(rows, given, length):
-    "Packed rows with a label on at least one token, and the source names."
+def _packed(rows, given, length, path):
+    "Packed rows with a label on at least one token, in a file at `path`, and the source names."
+    path.unlink(missing_ok=True)  # it may be of other rows
     with quiet():
-        packed, names = pack(rows, length)
+        packed, names = pack(rows, length, path=path)
         data = packed.select(labelled(packed))
     if not len(data):
         raise InputError(f"there is nothing to train on: none of the {given} rows has a label after its first token.")
@@ -356,7 +358,7 @@ def _history(logged, start):
 @memory_advice("training")
 def train(
     model,  # from `qlora.adapted`
-    rows: list,  # token rows in training order
+    rows,  # token rows in training order: a list, or a Dataset on disk
     out,  # folder for checkpoints
     cfg: dict,  # settings, as in TRAIN_DEFAULTS
     probe=None,  # function(model) -> {"score": lower is better, ...}; None: no probes
@@ -367,15 +369,15 @@ def train(
     'without_labels'}` (rows left out for having no label)."""
     from transformers import set_seed
 
-    given, rows = len(rows), [rows[n] for n in labelled(rows)]
-    data, names = _packed(rows, given, cfg["length"])
+    given, rows = len(rows), chosen(rows, labelled(rows))
+    own_checkpoints(Path(out))
+    data, names = _packed(rows, given, cfg["length"], Path(out) / "rows.arrow")
     per_step = _rows_of_step(cfg)
     steps = -(-len(data) // per_step)
     marks = {round(steps * (i + 1) / cfg["probes"]) for i in range(cfg["probes"])} - {0}
     args = _arguments(model, out, cfg, seed, steps, per_step, bool(probe))
     _one_device(args)
     set_seed(seed)
-    own_checkpoints(Path(out))
     start = Path(out) / "start.json"
     if probe and not start.exists():
         write_json(start, {"step": 0, **probe(model)})
@@ -385,8 +387,9 @@ def train(
             trainer.train(resume_from_checkpoint=str(last_checkpoint(out) or "") or None)
         model.eval()
         logged, best = trainer.state.log_history, trainer.state.best_global_step
-        del trainer
+        del trainer, data
         gc.collect()  # the optimizer's memory goes back to the system as the block ends
+    (Path(out) / "rows.arrow").unlink()
     history = _history(logged, read_json(start) if probe else None)
-    tokens = sum(len(r["input_ids"]) for r in rows)
+    tokens = sum(lengths(rows))
     return dict(history=history, best_step=best or steps, steps=steps, tokens=tokens, without_labels=given - len(rows))

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ..core import InputError, hub_rows, read_json, read_jsonl
+from ..data.rows import chosen, gathered, lengths
 
 # %% ../../nbs/43_train.sft.ipynb #e5b8818f
 def check_messages(
@@ -242,24 +243,28 @@ SFT_DEFAULTS = dict(
 )
 
 # %% ../../nbs/43_train.sft.ipynb #7fdec634
+def _coded(rows, tok, source):
+    "Yield the token rows of all conversations."
+    for n, row in enumerate(rows, 1):
+        yield from encode(row["messages"], tok, source, row.get("where", f"conversation {n}"))
+
+
 def encode_all(
-    rows: list,  # instruction rows; a row's "where" names it in errors
+    rows,  # instruction rows; a row's "where" names it in errors
     tok,  # tokenizer with a chat template
     length: int = 512,  # longest conversation, in tokens
     source: str = "sft",  # name kept with the rows
+    path=None,  # Arrow file for the token rows, so that they need no memory; without it they are a list
 ):
     """Token rows of all conversations that fit `length`, and the number left out as too long. Raises InputError
     naming a row that the template refuses."""
-    coded = []
-    for n, row in enumerate(rows, 1):
-        coded += encode(row["messages"], tok, source, row.get("where", f"conversation {n}"))
-    kept = [r for r in coded if len(r["input_ids"]) <= length]
+    coded = gathered(_coded(rows, tok, source), path)
+    sizes = lengths(coded)
+    kept = [n for n, size in enumerate(sizes) if size <= length]
     if not kept:
-        raise InputError(
-            f"no conversation fits into {length} tokens (the shortest has "
-            f"{min((len(r['input_ids']) for r in coded), default=0)}): raise 'length'."
-        )
-    return kept, len(coded) - len(kept)
+        shortest = min(sizes, default=0)
+        raise InputError(f"no conversation fits into {length} tokens (the shortest has {shortest}): raise 'length'.")
+    return chosen(coded, kept), len(coded) - len(kept)
 
 # %% ../../nbs/43_train.sft.ipynb #2943f06f
 def _lost(messages, tok, where):
