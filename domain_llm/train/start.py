@@ -301,6 +301,6 @@ def _fitting(parameters, memory, gpus, needs=None):
     before = "" if needs else " before activations"
     sizes = f"about {need['full']:,.0f} GB{before}, LoRA about {need['lora']:,.0f} GB"
     said.append(
-        f"Full tuning of {parameters / 1e9:.3g} billion parameters holds {sizes}; {place} has {memory:,.0f} GB."
+        f"Full tuning of {parameters / 1e9:.3g} billion parameters holds {sizes}; {place} has {memory:,.0f} GB for it."
     )
     return fits, said + (["Neither fits: choose a smaller model of the family."] if fits == "none" else [])
