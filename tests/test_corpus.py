@@ -1369,3 +1369,20 @@ def test_a_question_in_a_pdf_of_prose_costs_its_paragraph_only():
     kept, found = decontaminate([row], [dict(question=question, choices=["castor oil", "palm oil"], answer=0)])
     assert [f["reason"] for f in found] == ["leak removed"]
     assert kept[0]["text"] == "\n".join(lines[:20] + lines[21:])
+
+
+@pytest.mark.parametrize("scale", [1, 200])
+def test_a_footer_makes_no_duplicates_however_thin_the_sample(monkeypatch, scale):
+    "3,000 short documents with nothing but a footer in common, and a copy of every hundredth with one word changed."
+    rng = random.Random(4)
+    footer = " Contact the sales department of the Northern Seal Company for prices, delivery and terms of payment."
+    texts = [" ".join(english(rng, 60)) + footer for _ in range(3000)]
+    copies = [text.replace(text.split()[30], "changed", 1) for text in texts[::100]]
+    monkeypatch.setattr(dedup, "sample_scale", lambda texts: scale)
+    rows = [row(text, "web") for text in texts + copies]
+    dropped = {d["index"]: d["share"] for d in covered(rows)}
+    assert not [i for i in dropped if i < len(texts)]
+    assert len(dropped) >= (len(copies) if scale == 1 else 0.7 * len(copies))
+    assert all(0.7 <= share < 1 for share in dropped.values())
+    similar = near_duplicates(texts + copies)
+    assert all(j == len(texts) + i // 100 for i, j, _ in similar)

@@ -9,6 +9,7 @@ __all__ = ['SHINGLE', 'letters', 'rolling_hash', 'sketches', 'sample_scale', 'sh
 # %% ../../nbs/21_data.dedup.ipynb #cab918ab
 import math
 import re
+from functools import lru_cache
 
 import numpy as np
 
@@ -214,25 +215,33 @@ def _agreement(signatures, pairs):
     return np.concatenate(shares)
 
 # %% ../../nbs/21_data.dedup.ipynb #6744490b
+def _whole(texts, sets, scale):
+    "A function that gives all shingles of the text with a number; `sets` are those of the sample."
+    if scale == 1:
+        return lambda i: sets[i]
+    return lru_cache(maxsize=1000)(lambda i: shingles(texts[i]))
+
+
 def near_duplicates(
     texts: list,  # of str
     threshold: float = 0.7,  # Jaccard similarity of shingles from which a pair counts
 ):
     """Pairs (i, j, similarity) of similar documents, the most similar first, without comparing all pairs.
 
-    MinHash and locality-sensitive hashing (Broder 1997; Indyk & Motwani 1998) propose, the true Jaccard similarity of
-    the shingles decides; above 50 MB of text both work on a fixed sample of the shingles. Texts without a letter match
-    nothing.
+    MinHash and locality-sensitive hashing (Broder 1997; Indyk & Motwani 1998) propose, above 50 MB of text on a fixed
+    sample of the shingles; the true Jaccard similarity of all shingles decides. Texts without a letter match nothing.
     Raises InputError when the threshold is not above 0 and at most 1."""
     if not 0 < threshold <= 1:
         raise InputError(f"threshold {threshold} is not a similarity: choose one above 0 and at most 1.")
     texts = list(texts)
-    sets = sketches(texts, scale=sample_scale(texts))
+    scale = sample_scale(texts)
+    sets = sketches(texts, scale=scale)
     signatures = _all_signatures(sets)
     filled = np.flatnonzero([len(s) > 0 for s in sets])
     pairs = filled[_candidates(signatures[filled], _band_rows(threshold))]
     promising = pairs[_agreement(signatures, pairs) >= threshold - 0.15]
-    found = [(int(i), int(j), jaccard(sets[i], sets[j])) for i, j in promising]
+    whole = _whole(texts, sets, scale)
+    found = [(int(i), int(j), jaccard(whole(i), whole(j))) for i, j in promising]
     similar = [pair for pair in found if pair[2] >= threshold]
     return sorted(similar, key=lambda pair: (-pair[2], pair[0], pair[1]))
 
@@ -248,8 +257,8 @@ def rank(
 
 # %% ../../nbs/21_data.dedup.ipynb #839d7d97
 def _covered_by(
-    own,  # shingles of one document
-    sets,  # shingles of all documents
+    own,  # all shingles of one document
+    whole,  # from `_whole`
     owners,  # the kept document that had a shingle of `own` first, for each shingle that was seen
     most: int = 200,  # documents that are looked at, those with the most shingles first
 ):
@@ -258,8 +267,9 @@ def _covered_by(
     order = np.argsort(-counts, kind="stable")[:most]
     hit, by = np.zeros(len(own), bool), []
     for j in candidates[order]:
-        shared = np.isin(own, sets[j], assume_unique=True)
-        if shared.sum() >= 0.1 * min(len(own), len(sets[j])):
+        other = whole(int(j))
+        shared = np.isin(own, other, assume_unique=True)
+        if shared.sum() >= 0.1 * min(len(own), len(other)):
             hit |= shared
             by.append((int(j), float(shared.mean())))
     return float(hit.mean()), sorted(by, key=lambda pair: (-pair[1], pair[0]))
@@ -272,9 +282,12 @@ def covered(
     """Which documents say little that is new: a list of {"index", "share", "by": [(index, share), ...]}.
 
     In order, a document is dropped when at least `threshold` of its shingles stand in documents kept so far. A kept
-    document counts only if it shares a tenth of the shorter of the two, so that stock phrases do not add up."""
+    counts only if it shares a tenth of the shorter of the two, so that stock phrases do not add up. Above 50 MB of text
+    a sample of the shingles proposes; all of them decide."""
     texts = [row["text"] for row in rows]
-    sets = sketches(texts, scale=sample_scale(texts))
+    scale = sample_scale(texts)
+    sets = sketches(texts, scale=scale)
+    whole, proposed = _whole(texts, sets, scale), threshold if scale == 1 else threshold / 2
     names, ids = np.unique(np.concatenate([*sets, np.zeros(0, np.uint64)]), return_inverse=True)
     ends = np.cumsum([0] + [len(s) for s in sets])
     owner = np.full(len(names), -1, np.int32)  # the kept document that first had each shingle
@@ -282,8 +295,8 @@ def covered(
     for i, own in enumerate(sets):
         mine = ids[ends[i] : ends[i + 1]]
         seen = owner[mine] >= 0
-        if len(own) and seen.mean() >= threshold:
-            share, by = _covered_by(own, sets, owner[mine[seen]])
+        if len(own) and seen.mean() >= proposed:
+            share, by = _covered_by(whole(i), whole, owner[mine[seen]])
             if share >= threshold:
                 dropped.append(dict(index=i, share=share, by=by))
                 continue
