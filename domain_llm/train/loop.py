@@ -15,8 +15,10 @@ from pathlib import Path
 from ..core import InputError, atomic_dir, nearest, read_json, write_json
 from ..devices import half_dtype, memory_advice
 from ..models import quiet
+from ..ranks import once, total, world
 from .batches import collate, documents_apart, labelled, pack, token_losses
 from .checkpoints import bar, last_checkpoint, own_checkpoints
+from .shares import passes, shared_rows
 
 # %% ../../nbs/41_train.loop.ipynb #91ca21c9
 @contextmanager
@@ -188,33 +190,43 @@ def _trainer_class():
             losses, at = token_losses(model, inputs)
             counted = torch.stack([losses.detach(), torch.ones_like(losses)])
             self.sums.index_add_(1, inputs["source"][0, at], counted.to(self.sums.dtype))  # read when they are logged
-            return losses.sum() / (num_items_in_batch if num_items_in_batch is not None else len(losses))
+            if num_items_in_batch is None:
+                return losses.mean()
+            return losses.sum() / num_items_in_batch * world()  # of the gradients of all processes the mean is taken
 
         def _get_num_items_in_batch(self, batches, device):
-            return torch.tensor(sum(len(b["asked"]) for b in batches), device=device)
+            return total(torch.tensor(sum(len(b["asked"]) for b in batches), device=device))
 
         def log(self, logs, *args, **kw):
             if "loss" in logs:
-                sums = zip(self.sources, *self.sums.tolist())
+                sums = zip(self.sources, *total(self.sums).tolist())
                 logs.update({f"loss_{name}": total / n for name, total, n in sums if n})
                 self.sums.zero_()
             super().log(logs, *args, **kw)
 
         def evaluate(self, *args, **kw):
             self.model.eval()
-            metrics = {f"eval_{k}": v for k, v in self.probe(self.model).items()}
-            if self.keep:
-                with atomic_dir(Path(self.keep) / f"step-{self.state.global_step}") as tmp:
-                    self.model.save_pretrained(tmp)
+            metrics = {f"eval_{k}": v for k, v in once(self._probed).items()}
             self.model.train()
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
+        def _probed(self):
+            if self.keep:
+                with atomic_dir(Path(self.keep) / f"step-{self.state.global_step}") as tmp:
+                    self.model.save_pretrained(tmp)
+            return self.probe(self.model)
+
+        def _save_rng_state(self, folder):
+            if self.args.should_save:  # of several processes one writes, so that none changes what it has sealed
+                super()._save_rng_state(folder)
+
         def _save_checkpoint(self, model, trial):
             super()._save_checkpoint(model, trial)
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            write_json(folder / "seal.json", {p.name: p.stat().st_size for p in folder.iterdir()})
+            if self.args.should_save:
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                write_json(folder / "seal.json", {p.name: p.stat().st_size for p in folder.iterdir()})
 
     return PackedTrainer
 
@@ -286,7 +298,7 @@ def _rows_of_step(cfg):
     return rows
 
 
-def _arguments(model, out, cfg, seed, steps, per_step, probed):
+def _arguments(model, out, cfg, seed, steps, passed, probed):
     "The Trainer's arguments; probing and saving at the right steps is the business of `bar`."
     import torch
     from transformers import TrainingArguments
@@ -295,8 +307,8 @@ def _arguments(model, out, cfg, seed, steps, per_step, probed):
     autocast = hasattr(model, "peft_config") and half_dtype(model.device) == torch.bfloat16
     return TrainingArguments(
         output_dir=str(out),
-        per_device_train_batch_size=cfg["batch"],
-        gradient_accumulation_steps=per_step // cfg["batch"],
+        per_device_train_batch_size=passed["batch"],
+        gradient_accumulation_steps=passed["passes"],
         num_train_epochs=1,
         seed=seed,
         learning_rate=cfg["learning_rate"],
@@ -344,6 +356,12 @@ def _trainer(model, args, data, names, cfg, marks, probe, keep):
     return trainer
 
 # %% ../../nbs/41_train.loop.ipynb #1d14b6fd
+def _measure_start(start, probe, model):
+    "Write what the probes say before the first step, unless an earlier call did."
+    if not start.exists():
+        write_json(start, {"step": 0, **probe(model)})
+
+
 def _history(logged, start):
     "The Trainer's log without its prefixes and its last summary, after the measurement at the start."
     entries = [start] if start else []
@@ -372,21 +390,23 @@ def train(
     per_step = _rows_of_step(cfg)
     steps = -(-len(data) // per_step)
     marks = {round(steps * (i + 1) / cfg["probes"]) for i in range(cfg["probes"])} - {0}
-    args = _arguments(model, out, cfg, seed, steps, per_step, bool(probe))
+    passed = passes(per_step, cfg["batch"], world())
+    data = shared_rows(data, per_step, passed)
+    args = _arguments(model, out, cfg, seed, steps, passed, bool(probe))
     _one_device(args)
     set_seed(seed)
-    own_checkpoints(Path(out))
+    once(own_checkpoints, Path(out))
     start = Path(out) / "start.json"
-    if probe and not start.exists():
-        write_json(start, {"step": 0, **probe(model)})
+    if probe:
+        once(_measure_start, start, probe, model)
     with quiet(), keep_memory():
         with half_precision(model), documents_apart(model), checkpointing(model, cfg["gradient_checkpointing"] is True):
             trainer = _trainer(model, args, data, names, cfg, marks, probe, keep)
-            trainer.train(resume_from_checkpoint=str(last_checkpoint(out) or "") or None)
+            trainer.train(resume_from_checkpoint=str(once(last_checkpoint, out) or "") or None)
         model.eval()
         logged, best = trainer.state.log_history, trainer.state.best_global_step
         del trainer
         gc.collect()  # the optimizer's memory goes back to the system as the block ends
-    history = _history(logged, read_json(start) if probe else None)
+    history = _history(logged, once(read_json, start) if probe else None)
     tokens = sum(len(r["input_ids"]) for r in rows)
     return dict(history=history, best_step=best or steps, steps=steps, tokens=tokens, without_labels=given - len(rows))
