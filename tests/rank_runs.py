@@ -17,9 +17,11 @@ import accelerate  # noqa: F401
 import datasets  # noqa: F401
 import peft  # noqa: F401
 import torch
-import transformers
-import trl  # noqa: F401
+import torch.distributed.fsdp  # noqa: F401
+import torch.distributed.tensor  # noqa: F401
 from fixtures.shared import JOBS
+from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: F401
+from trl import pack_dataset  # noqa: F401
 
 from domain_llm.core import InputError
 
@@ -33,7 +35,7 @@ def free_port():
 
 def dies(at):
     "Let this process kill itself before a pass of its training."
-    train, made = transformers.Trainer.training_step, []
+    train, made = Trainer.training_step, []
 
     def training_step(*args, **kw):
         made.append(1)
@@ -41,7 +43,7 @@ def dies(at):
             os.kill(os.getpid(), signal.SIGKILL)
         return train(*args, **kw)
 
-    transformers.Trainer.training_step = training_step
+    Trainer.training_step = training_step
 
 
 def child(rank, processes, port, job, given):

@@ -273,6 +273,8 @@ def _arguments(model, out, cfg, seed, steps, passed, probed):
         disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=not cpu,
+        ddp_find_unused_parameters=False,  # each pass uses all weights
+        log_level_replica="error",
         eval_strategy="steps" if probed else "no",
         eval_steps=steps,
         save_strategy="steps",
