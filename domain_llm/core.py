@@ -255,7 +255,8 @@ def progress(
     desc="",  # what is going on
     unit="it",  # what is counted
 ):
-    "A tqdm bar on stderr that appears after two seconds, and only on a terminal."
+    "A tqdm bar on stderr that appears after two seconds, and only on a terminal, in the first of several processes."
     from tqdm import tqdm
 
-    return tqdm(it, total=total, desc=desc, unit=unit, delay=2, disable=None, dynamic_ncols=True, leave=False)
+    off = os.environ.get("RANK", "0") != "0" or None  # None: where stderr is no terminal
+    return tqdm(it, total=total, desc=desc, unit=unit, delay=2, disable=off, dynamic_ncols=True, leave=False)

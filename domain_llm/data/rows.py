@@ -9,6 +9,7 @@ __all__ = ['TOKENS', 'PACKED', 'gathered', 'lengths', 'chosen']
 from pathlib import Path
 
 from ..core import atomic_file
+from ..ranks import once
 
 # %% ../../nbs/93_data.rows.ipynb #9f74f494
 TOKENS = {"input_ids": "list", "labels": "list", "source": "string"}  # columns of token rows
@@ -23,24 +24,31 @@ def _features(columns):
     return Features({name: kinds[kind] for name, kind in columns.items()})
 
 
+def _write(path, rows, columns):
+    "Write the rows into an Arrow file, unless it is there."
+    from datasets.arrow_writer import ArrowWriter
+
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path, "wb") as f, ArrowWriter(stream=f, features=_features(columns)) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize(close_stream=False)
+
+
 def gathered(
     rows,  # iterable of rows; not read where the file is there already
     path=None,  # Arrow file that gets them, whole or not at all; without it they stay in memory
     columns: dict = TOKENS,  # `TOKENS` or `PACKED`
 ):
-    "The rows as a list, or as a Dataset that reads them from the file."
+    """The rows as a list, or as a Dataset that reads them from the file. Of several processes that train together the
+    first writes the file."""
     if path is None:
         return list(rows)
     from datasets import Dataset
-    from datasets.arrow_writer import ArrowWriter
 
-    path = Path(path)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path, "wb") as f, ArrowWriter(stream=f, features=_features(columns)) as writer:
-            for row in rows:
-                writer.write(row)
-            writer.finalize(close_stream=False)
+    once(_write, Path(path), rows, columns)
     return Dataset.from_file(str(path))
 
 # %% ../../nbs/93_data.rows.ipynb #d1187a84

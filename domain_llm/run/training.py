@@ -18,6 +18,7 @@ from ..data.mix import mixture, token_rows
 from ..data.rows import chosen, gathered
 from ..data.select import embed, select
 from ..models import is_adapter, load, quiet
+from ..ranks import once
 from .base_model import sizes
 from .plan import USABLE, memory_parts, this_device
 from ..small_world import SMALL_WORLDS, small_model
@@ -78,7 +79,7 @@ def pretrain_stage(
     "Continued pre-training on the mixture; the best checkpoint by the probes becomes the stage's model."
     start = str(read.get("start", cfg["model"]))
     model, tok = _start(start, cfg, cfg["pretrain"]["method"])
-    docs = _selected(read["documents"], cfg, model, tok)
+    docs = once(_selected, read["documents"], cfg, model, tok)
     wanted = {name: cfg["mix"][name] for name in ("epochs", "tokens", "max_epochs")}
     sources, left_out = _sources(cfg, read, docs, tok, out / "rows")
     mixed = out / "rows" / "mixture.arrow"
@@ -180,11 +181,11 @@ def sft_stage(
 ):
     "Supervised fine-tuning on the conversations."
     set_ = {name: value for name, value in cfg["sft"].items() if name in SFT_DEFAULTS}
-    start = _start_of_sft(cfg, read, out)
+    start = once(_start_of_sft, cfg, read, out)
     model, tok = _start(start, cfg, set_["method"])
     coded = out / "rows" / "instructions.arrow"
     own, left_out = encode_all(iter_jsonl(read["instructions"]), tok, set_["length"], "domain", coded)
-    _draw(own[0], model, tok, out / "conversation.svg")
+    once(_draw, own[0], model, tok, out / "conversation.svg")
     rows = _repeated(own, cfg["sft"]["epochs"], cfg["seed"])
     trained = _train(Job(cfg, set_, read, out, start), model, tok, rows)
     return dict(trained, conversations=len(rows), left_out=left_out)
@@ -249,12 +250,17 @@ class Job:
 def _train(job, model, tok, rows):
     "Train and keep the forgetting budget, unless that is done; gives the headline figures."
     done = job.out / "trained.json"
-    if not done.exists():
+    if not once(done.exists):
         _train_anew(job, model, tok, rows)
+    return once(_tidied, job.out, done)
+
+
+def _tidied(out, done):
+    "The headline figures of a training; weights that are there twice are removed."
     found = read_json(done)
-    shutil.rmtree(job.out / "rows", ignore_errors=True)
+    shutil.rmtree(out / "rows", ignore_errors=True)
     if found["share_kept"] == 1:
-        shutil.rmtree(job.out / "trained", ignore_errors=True)  # the same as out/model
+        shutil.rmtree(out / "trained", ignore_errors=True)  # the same as out/model
     return found
 
 
@@ -262,9 +268,14 @@ def _train_anew(job, model, tok, rows):
     "Train with probes, interpolate towards the start until the budget is kept, and save model, curves and figures."
     texts, _ = texts_of(job.cfg, job.read, job.cfg["evaluate"]["probe_tokens"])
     budget = job.set_["forgetting_budget"]
-    reference = _reference(job, lambda: make_probe(tok, **texts)(model)["general_bpb"])
+    reference = once(_reference, job, lambda: make_probe(tok, **texts)(model)["general_bpb"])
     probe = make_probe(tok, texts["domain"], texts["general"], budget=budget, reference=reference)
     model, result = _trained(job, model, tok, rows, probe)
+    once(_keep_budget, job, model, tok, result, probe)
+
+
+def _keep_budget(job, model, tok, result, probe):
+    "Interpolate until the budget is kept, and save model, curves and figures."
     points = interpolate(model, partial(_weights, job.start, job.cfg), probe)
     write_json(job.out / "history.json", result["history"] + [dict(step=result["steps"], **p) for p in points])
     _save(model, tok, job.out / "model")
@@ -292,15 +303,20 @@ def _trained(job, model, tok, rows, probe):
     set_seed(seed)  # a new adapter is drawn at random
     new = new_rows(model)
     model = adapted(model, set_, new)
-    if folder.exists():
+    if once(folder.exists):
         return _with_saved(model, folder, job.cfg), read_json(folder / "result.json")
-    set_ = {**set_, "gradient_checkpointing": _checkpoints(set_, model, bool(new))}
+    set_ = {**set_, "gradient_checkpointing": once(_checkpoints, set_, model, bool(new))}
     kept = job.out / "kept" if job.cfg["evaluate"]["screen"] else None
     result = train(model, rows, job.out / "checkpoints", set_, probe, seed=seed, keep=kept)
-    for path in kept_path(job.out):
-        tok.save_pretrained(path)
-    _save(model, tok, folder, result=result)
+    once(_save_trained, job.out, model, tok, result)
     return model, result
+
+
+def _save_trained(out, model, tok, result):
+    "Write the trained model with what `loop.train` said, and the tokenizer beside the kept models."
+    for path in kept_path(out):
+        tok.save_pretrained(path)
+    _save(model, tok, out / "trained", result=result)
 
 
 def _checkpoints(set_, model, new):

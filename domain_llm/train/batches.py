@@ -87,10 +87,10 @@ def token_losses(
 
     at = batch["asked"] if "asked" in batch else _asked(batch["labels"])
     positions = batch["position_ids"]
-    extra = {}
-    if getattr(model.config, "_attn_implementation", None) == "documents":
+    extra, bare = {}, getattr(model, "module", model)  # without what shares it among processes
+    if getattr(bare.config, "_attn_implementation", None) == "documents":
         extra["document_sizes"] = _document_sizes(positions)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
     chooses = _forward_takes(type(inner), "logits_to_keep")
     if chooses:
         extra["logits_to_keep"] = at

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from ..core import InputError, progress, write_json
+from ..ranks import once
 
 # %% ../../nbs/94_train.checkpoints.ipynb #66344104
 def own_checkpoints(folder):
@@ -61,7 +62,10 @@ def bar(
             self.bar.update(1)
             self.ended = time.monotonic()
             control.should_evaluate = probing and state.global_step in marks
-            control.should_save = state.global_step in marks or self.ended - self.saved > self.wait
+            control.should_save = state.global_step in marks or once(self._due)  # clocks differ
+
+        def _due(self):
+            return self.ended - self.saved > self.wait
 
         def on_evaluate(self, args, state, control, **kw):
             self.ended = time.monotonic()

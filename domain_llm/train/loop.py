@@ -12,12 +12,15 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..core import InputError, atomic_dir, nearest, read_json, write_json
+from ..core import InputError, nearest, read_json, write_json
 from ..data.rows import chosen, lengths
 from ..devices import half_dtype, memory_advice
 from ..models import quiet
-from .batches import collate, documents_apart, labelled, pack, token_losses
+from ..ranks import once, world
+from .batches import collate, documents_apart, labelled, pack
 from .checkpoints import bar, last_checkpoint, own_checkpoints
+from .shares import divided, gathered, passes, refuse_sharded, sharded, shared_rows
+from .trainer import trainer_class
 
 # %% ../../nbs/41_train.loop.ipynb #91ca21c9
 @contextmanager
@@ -74,15 +77,13 @@ def _optimizer_class(part=None):
         """AdamW whose parameters are 32-bit copies; each step takes the gradients from the weights and writes
         the weights back."""
 
-        def __init__(self, groups, **kw):
-            self.weights = [p for g in groups for p in g["params"]]
-            copied = []
-            for group in groups:
-                copies = [p.detach().float().clone().requires_grad_() for p in group["params"]]
-                copied.append({**group, "params": copies})
-            super().__init__(copied, **kw)
+        weights = None
 
         def masters(self):
+            if self.weights is None:  # made late, since the weights may be divided among processes until the first step
+                self.weights = [p for g in self.param_groups for p in g["params"]]
+                for group in self.param_groups:
+                    group["params"] = [p.detach().float().clone().requires_grad_() for p in group["params"]]
             return [p for g in self.param_groups for p in g["params"]]
 
         @torch.no_grad()
@@ -102,17 +103,25 @@ def _optimizer_class(part=None):
                     m.grad = None if part else m.grad
 
         def zero_grad(self, set_to_none=True):
-            for w in self.weights:
+            for w in self.weights or ():
                 w.grad = None
 
         def state_dict(self):
-            return {**super().state_dict(), "masters": [m.detach() for m in self.masters()]}
+            if self.weights is None:
+                return super().state_dict()
+            return gathered({**super().state_dict(), "masters": [m.detach() for m in self.masters()]})
 
         @torch.no_grad()
         def load_state_dict(self, saved):
-            for m, s in zip(self.masters(), saved["masters"]):
-                m.copy_(s)
-            super().load_state_dict({k: v for k, v in saved.items() if k != "masters"})
+            if "masters" not in saved:
+                return super().load_state_dict(saved)
+            for m, w, s in zip(self.masters(), self.weights, saved["masters"]):
+                m.copy_(divided(s, m))
+                w.copy_(m)
+            states = {}
+            for n, state in saved["state"].items():
+                states[n] = {name: divided(value, self.masters()[n]) for name, value in state.items()}
+            super().load_state_dict(dict(state=states, param_groups=saved["param_groups"]))
 
     return MasterAdamW
 
@@ -170,55 +179,6 @@ def settings(defaults, given):
             raise InputError(f"unknown training setting '{k}'{nearest(k, defaults)}; known: {', '.join(defaults)}.")
     return {**defaults, **given}
 
-# %% ../../nbs/41_train.loop.ipynb #a53dd152
-def _trainer_class():
-    "The Trainer with our loss, probes and sealed checkpoints (made on demand: importing transformers takes seconds)."
-    import torch
-    from transformers import Trainer
-
-    class PackedTrainer(Trainer):
-        "Trainer over packed rows: loss per source, probes as evaluation, sealed checkpoints."
-
-        def __init__(self, *args, probe=None, sources=(), keep=None, **kw):
-            super().__init__(*args, **kw)
-            self.model_accepts_loss_kwargs = True  # our loss is already divided by the tokens of the whole step
-            self.probe, self.sources, self.keep = probe, sources, keep
-            self.sums = torch.zeros(2, len(sources), dtype=torch.float64, device=self.args.device)  # losses, tokens
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            losses, at = token_losses(model, inputs)
-            counted = torch.stack([losses.detach(), torch.ones_like(losses)])
-            self.sums.index_add_(1, inputs["source"][0, at], counted.to(self.sums.dtype))  # read when they are logged
-            return losses.sum() / (num_items_in_batch if num_items_in_batch is not None else len(losses))
-
-        def _get_num_items_in_batch(self, batches, device):
-            return torch.tensor(sum(len(b["asked"]) for b in batches), device=device)
-
-        def log(self, logs, *args, **kw):
-            if "loss" in logs:
-                sums = zip(self.sources, *self.sums.tolist())
-                logs.update({f"loss_{name}": total / n for name, total, n in sums if n})
-                self.sums.zero_()
-            super().log(logs, *args, **kw)
-
-        def evaluate(self, *args, **kw):
-            self.model.eval()
-            metrics = {f"eval_{k}": v for k, v in self.probe(self.model).items()}
-            if self.keep:
-                with atomic_dir(Path(self.keep) / f"step-{self.state.global_step}") as tmp:
-                    self.model.save_pretrained(tmp)
-            self.model.train()
-            self.log(dict(metrics))
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            return metrics
-
-        def _save_checkpoint(self, model, trial):
-            super()._save_checkpoint(model, trial)
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            write_json(folder / "seal.json", {p.name: p.stat().st_size for p in folder.iterdir()})
-
-    return PackedTrainer
-
 # %% ../../nbs/41_train.loop.ipynb #ca0e1ba3
 def add_lora(
     model,  # a loaded model
@@ -270,7 +230,7 @@ def _one_device(args):
 
 def _packed(rows, given, length, path):
     "Packed rows with a label on at least one token, in a file at `path`, and the source names."
-    path.unlink(missing_ok=True)  # it may be of other rows
+    once(path.unlink, True)  # it may be of other rows
     with quiet():
         packed, names = pack(rows, length, path=path)
         data = packed.select(labelled(packed))
@@ -288,7 +248,7 @@ def _rows_of_step(cfg):
     return rows
 
 
-def _arguments(model, out, cfg, seed, steps, per_step, probed):
+def _arguments(model, out, cfg, seed, steps, passed, probed):
     "The Trainer's arguments; probing and saving at the right steps is the business of `bar`."
     import torch
     from transformers import TrainingArguments
@@ -297,8 +257,8 @@ def _arguments(model, out, cfg, seed, steps, per_step, probed):
     autocast = hasattr(model, "peft_config") and half_dtype(model.device) == torch.bfloat16
     return TrainingArguments(
         output_dir=str(out),
-        per_device_train_batch_size=cfg["batch"],
-        gradient_accumulation_steps=per_step // cfg["batch"],
+        per_device_train_batch_size=passed["batch"],
+        gradient_accumulation_steps=passed["passes"],
         num_train_epochs=1,
         seed=seed,
         learning_rate=cfg["learning_rate"],
@@ -315,6 +275,8 @@ def _arguments(model, out, cfg, seed, steps, per_step, probed):
         disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=not cpu,
+        ddp_find_unused_parameters=False,  # each pass uses all weights
+        log_level_replica="error",
         eval_strategy="steps" if probed else "no",
         eval_steps=steps,
         save_strategy="steps",
@@ -330,7 +292,7 @@ def _trainer(model, args, data, names, cfg, marks, probe, keep):
     "The Trainer over packed rows, with its bar and without its printing."
     from transformers.trainer_callback import PrinterCallback
 
-    trainer = _trainer_class()(
+    trainer = trainer_class()(
         model=model,
         args=args,
         train_dataset=data,
@@ -346,6 +308,12 @@ def _trainer(model, args, data, names, cfg, marks, probe, keep):
     return trainer
 
 # %% ../../nbs/41_train.loop.ipynb #1d14b6fd
+def _measure_start(start, probe, model):
+    "Write what the probes say before the first step, unless an earlier call did."
+    if not start.exists():
+        write_json(start, {"step": 0, **probe(model)})
+
+
 def _history(logged, start):
     "The Trainer's log without its prefixes and its last summary, after the measurement at the start."
     entries = [start] if start else []
@@ -370,26 +338,30 @@ def train(
     from transformers import set_seed
 
     given, rows = len(rows), chosen(rows, labelled(rows))
-    own_checkpoints(Path(out))
+    once(own_checkpoints, Path(out))
     data, names = _packed(rows, given, cfg["length"], Path(out) / "rows.arrow")
     per_step = _rows_of_step(cfg)
     steps = -(-len(data) // per_step)
     marks = {round(steps * (i + 1) / cfg["probes"]) for i in range(cfg["probes"])} - {0}
-    args = _arguments(model, out, cfg, seed, steps, per_step, bool(probe))
+    if sharded():
+        refuse_sharded(cfg)
+    passed = passes(per_step, cfg["batch"], world())
+    data = shared_rows(data, per_step, passed)
+    args = _arguments(model, out, cfg, seed, steps, passed, bool(probe))
     _one_device(args)
     set_seed(seed)
     start = Path(out) / "start.json"
-    if probe and not start.exists():
-        write_json(start, {"step": 0, **probe(model)})
+    if probe:
+        once(_measure_start, start, probe, model)
     with quiet(), keep_memory():
         with half_precision(model), documents_apart(model), checkpointing(model, cfg["gradient_checkpointing"] is True):
             trainer = _trainer(model, args, data, names, cfg, marks, probe, keep)
-            trainer.train(resume_from_checkpoint=str(last_checkpoint(out) or "") or None)
+            trainer.train(resume_from_checkpoint=str(once(last_checkpoint, out) or "") or None)
         model.eval()
         logged, best = trainer.state.log_history, trainer.state.best_global_step
         del trainer, data
         gc.collect()  # the optimizer's memory goes back to the system as the block ends
-    (Path(out) / "rows.arrow").unlink()
-    history = _history(logged, read_json(start) if probe else None)
+    once((Path(out) / "rows.arrow").unlink)
+    history = _history(logged, once(read_json, start) if probe else None)
     tokens = sum(lengths(rows))
     return dict(history=history, best_step=best or steps, steps=steps, tokens=tokens, without_labels=given - len(rows))

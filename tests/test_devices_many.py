@@ -1,0 +1,183 @@
+"""Two and three CPU processes train what one does: the same losses and weights, killed and resumed."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from domain_llm.core import read_json
+
+HERE = Path(__file__).parent
+FULL = dict(method="full")
+LORA = dict(method="lora", rank=4, alpha=8)
+
+
+class Ranks:
+    "Jobs in several processes, as tests/rank_runs.py does them."
+
+    def __init__(self, folder):
+        server = [sys.executable, str(HERE / "rank_runs.py")]
+        self.process = subprocess.Popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE)
+        self.folder = folder
+
+    def __call__(self, job, processes, name, **given):
+        "Do a job; gives its folder and how each process ended."
+        out = self.folder / name
+        ask = dict(job=job, processes=processes, given=dict(out=str(out), **given))
+        self.process.stdin.write(json.dumps(ask) + "\n")
+        self.process.stdin.flush()
+        return out, json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    made = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.process.stdin.close()
+    made.process.wait(60)
+
+
+def trained(ranks, processes, name, settings=FULL, **given):
+    "The folder of a tiny training in which all processes end well."
+    out, ends = ranks("train", processes, name, settings=settings, **given)
+    assert ends == [0] * processes, Path(f"{out}.log").read_text()[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(ranks):
+    "One process, full tuning."
+    return trained(ranks, 1, "alone")
+
+
+def losses(out):
+    "Step, loss, loss per source and score of each entry of a training's history."
+    found = []
+    for entry in read_json(out / "result.json")["history"]:
+        wanted = {k: v for k, v in entry.items() if k == "step" or k == "score" or k.startswith("loss")}
+        found.append(wanted)
+    return found
+
+
+def same_training(one, other, tolerance=1e-4):
+    "The same losses at the same steps, the same counts, and the same weights."
+    a, b = losses(one), losses(other)
+    assert len(a) == len(b) > 8
+    for x, y in zip(a, b):
+        assert x.keys() == y.keys() and x == pytest.approx(y, abs=tolerance)
+    for name in ("best_step", "steps", "tokens", "without_labels"):
+        assert read_json(one / "result.json")[name] == read_json(other / "result.json")[name]
+    before, after = (torch.load(out / "weights.pt") for out in (one, other))
+    assert before.keys() == after.keys()
+    for name, weights in before.items():
+        assert torch.allclose(weights, after[name], atol=tolerance), name
+
+
+def checkpoints(out):
+    "The sealed checkpoints of a training, by their steps."
+    return sorted(int(p.parent.name.split("-")[1]) for p in (out / "checkpoints").glob("checkpoint-*/seal.json"))
+
+
+def test_the_losses_are_sums_over_sources(alone):
+    "What one process says is the truth for the rest, so it is checked by hand: of 39 documents all tokens count."
+    from fixtures.shared import rows
+
+    found = read_json(alone / "result.json")
+    assert found["tokens"] == sum(len(row["input_ids"]) for row in rows())
+    assert {"loss", "loss_domain", "loss_general"} <= found["history"][1].keys()
+
+
+@pytest.mark.parametrize("divide", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_train_what_one_does(ranks, alone, divide):
+    out = trained(ranks, 2, f"two-{divide}", divide=divide, keep=True)
+    same_training(alone, out)
+    assert checkpoints(out) == checkpoints(alone)
+    assert {p.name for p in (out / "kept").iterdir()} == {"step-2", "step-3", "step-4", "step-6"}
+    said = Path(f"{out}.log").read_text()
+    assert ("0.5 of the weights" in said) == divide, said
+
+
+def test_an_adapter_in_three_processes_that_cannot_share_a_step_evenly(ranks):
+    one = trained(ranks, 1, "lora", LORA)
+    same_training(one, trained(ranks, 3, "lora-three", LORA, divide=True))
+
+
+@pytest.fixture(scope="module")
+def killed(ranks):
+    "Trainings of which the last process has killed itself in the fifth step, by number of processes and division."
+    found = {}
+    for processes, divide, at in ((1, False, 17), (2, False, 9), (2, True, 9)):
+        name = f"killed-{processes}-{divide}"
+        out, ends = ranks("train", processes, name, settings=FULL, divide=divide, die=(processes - 1, at))
+        assert ends == [-9] * processes and not (out / "result.json").exists() and max(checkpoints(out)) == 4
+        found[processes, divide] = out
+    return found
+
+
+@pytest.mark.parametrize("divide", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_killed_and_resumed_with_another_number(ranks, alone, killed, before, after, divide):
+    name = f"resumed-{before}-{after}-{divide}"
+    shutil.copytree(killed[before, divide and before == 2], ranks.folder / name)
+    out = trained(ranks, after, name, divide=divide and after == 2, die=(after - 1, 9 if after == 1 else 5))
+    same_training(alone, out)
+    assert "incomplete" not in Path(f"{out}.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def recipe(ranks):
+    "A recipe with one training of a tiny model."
+    from domain_llm.models import tiny
+    from domain_llm.small_world import small_tokenizer
+
+    tok, folder = small_tokenizer(), ranks.folder / "model"
+    tiny(tok).save_pretrained(folder)
+    tok.save_pretrained(folder)
+    set_ = dict(method="full", length=64, tokens_per_step=1024, probes=2)
+    made = dict(name="small", model=str(folder), demo=8, pretrain=set_, sft=False, quantize=False)
+    made |= dict(mix=dict(parts=dict(domain=1, general=0.5), epochs=1), evaluate=dict(questions=8, probe_tokens=200))
+    path = ranks.folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(made))
+    return path
+
+
+def stage(out, name):
+    return read_json(out / name / "manifest.json")["metrics"]
+
+
+def test_a_run_of_two_processes_is_killed_and_ends_as_one_does(ranks, recipe):
+    one, ends = ranks("run", 1, "run-one", recipe=str(recipe))
+    assert ends == [0], Path(f"{one}.log").read_text()[-3000:]
+    two, ends = ranks("run", 2, "run-two", recipe=str(recipe), die=(1, 80))
+    assert ends == [-9, -9] and list((two / "pretrain" / "checkpoints").glob("checkpoint-*/seal.json"))
+    two, ends = ranks("run", 2, "run-two", recipe=str(recipe))
+    said = Path(f"{two}.log").read_text()
+    assert ends == [0, 0], said[-3000:]
+    assert said.count("Write metrics.json") == 1 and said.count("corpus: unchanged") + said.count("skipped") >= 2
+    a, b = (stage(out, "pretrain") for out in (one, two))
+    assert a["tokens_per_source"] == b["tokens_per_source"] and a["steps"] == b["steps"]
+    assert sum(a["tokens_per_source"].values()) == a["tokens"] == b["tokens"]
+    before, after = (read_json(out / "pretrain" / "history.json") for out in (one, two))
+    for x, y in zip(before, after, strict=True):
+        assert x.get("loss", 0) == pytest.approx(y.get("loss", 0), abs=1e-3)
+        assert x.get("loss_general", 0) == pytest.approx(y.get("loss_general", 0), abs=1e-3)
+    assert len(list(two.glob("report.html"))) == 1
+    assert stage(one, "evaluate") == pytest.approx(stage(two, "evaluate"), abs=1e-3)
+
+
+def test_an_error_in_the_input_is_said_once(ranks, recipe):
+    wrong = ranks.folder / "wrong.yaml"
+    wrong.write_text(recipe.read_text().replace("length: 64", "length: 64\n  batch: 3"))
+    out, ends = ranks("run", 2, "wrong", recipe=str(wrong))
+    assert ends == [2, 0]
+    assert Path(f"{out}.log").read_text().count("input: ") == 1
+
+
+def test_what_cannot_be_divided_is_refused(ranks):
+    out, ends = ranks("train", 2, "adamw8bit", settings=dict(optimizer="adamw8bit"), divide=True)
+    assert ends[0] == 2 and "optimizer: adamw8bit does not go with divided weights" in Path(f"{out}.log").read_text()
