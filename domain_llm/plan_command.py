@@ -14,7 +14,7 @@ from .run.amounts import conversations_said, tokens_said
 from .run.base_model import find_model, sizes
 from .run.families import families, family_size, known_model
 from .run.plan import GB, GPU, this_device
-from .run.planner import METHODS, read_cards
+from .run.planner import METHODS, launch_file, read_cards
 from .run.proposal import beside, plan_text, plot_models, proposal, recipe_text
 
 # %% ../nbs/98_plan_command.ipynb #9db619a8
@@ -111,6 +111,8 @@ def plan(
     device = {**GPU, "free": asked["cards"]["gb"] * GB} if asked["cards"] else this_device()
     made = proposal(asked, size_of(a.model, a.trust_remote_code), device)
     print(plan_text(made))
+    if made["choice"] and made["choice"]["launch"]:
+        print(f"launch file: {launch_file(made['choice']['launch'])}")
     if a.write:
         conversations = beside(a.samples, a.write) if a.samples and Path(a.samples).is_file() else None
         text = recipe_text(made, beside(a.documents, a.write), conversations)

@@ -10,7 +10,12 @@ import pytest
 import torch
 import yaml
 
-from domain_llm.core import read_json
+from domain_llm.core import InputError, read_json
+from domain_llm.run.families import family_size, known_model
+from domain_llm.run.plan import GB, GPU
+from domain_llm.run.planner import launch_file
+from domain_llm.run.proposal import proposal
+from domain_llm.train import shares
 
 HERE = Path(__file__).parent
 FULL = dict(method="full")
@@ -181,3 +186,73 @@ def test_an_error_in_the_input_is_said_once(ranks, recipe):
 def test_what_cannot_be_divided_is_refused(ranks):
     out, ends = ranks("train", 2, "adamw8bit", settings=dict(optimizer="adamw8bit"), divide=True)
     assert ends[0] == 2 and "optimizer: adamw8bit does not go with divided weights" in Path(f"{out}.log").read_text()
+
+
+# The files, and the plan that names them
+
+
+@pytest.mark.parametrize("name, kind", [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("deepspeed_zero3", "DEEPSPEED")])
+def test_accelerate_reads_the_files(name, kind):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(launch_file(name)))  # which raises for keys that it does not know
+    assert found.distributed_type.value == kind and found.num_machines == 1
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_the_launcher_sets_what_the_training_reads(name, monkeypatch):
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    asked = ["--config_file", str(launch_file(name)), "--no_python", "domain-llm", "run"]
+    args, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(asked))
+    for key, value in prepare_multi_gpu_env(args).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert shares.sharded() == (name == "fsdp2")
+
+
+@pytest.mark.parametrize(
+    "env, said",
+    [(dict(ACCELERATE_USE_DEEPSPEED="true"), "fsdp2.yaml"), (dict(ACCELERATE_USE_FSDP="true"), "fsdp_version: 2")],
+)
+def test_other_launchers_are_refused(env, said, monkeypatch):
+    monkeypatch.delenv("FSDP_VERSION", raising=False)
+    for key, value in {**env, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(InputError, match=said):
+        shares.sharded()
+
+
+@pytest.mark.parametrize(
+    "rows, batch, processes, expected",
+    [(8, 2, 1, (2, 4)), (8, 2, 2, (2, 2)), (8, 8, 2, (4, 1)), (1, 1, 2, (1, 1)), (9, 1, 2, (1, 5)), (6, 2, 4, (2, 1))],
+)
+def test_passes_by_hand(rows, batch, processes, expected):
+    found = shares.passes(rows, batch, processes)
+    assert (found["batch"], found["passes"]) == expected
+    assert found["batch"] * found["passes"] * processes >= rows
+
+
+def test_the_plan_chooses_and_names_the_file():
+    "7.6 billion parameters take 16 bytes each in full tuning, 122 GB: no card of 80 GB alone, 30.5 GB on each of four."
+    size = family_size(known_model("Qwen/Qwen2.5-7B"))
+
+    def planned(number, gb, **more):
+        asked = dict(model="Qwen/Qwen2.5-7B", cards=dict(number=number, gb=gb), **more)
+        return proposal(asked, size, {**GPU, "free": gb * GB})
+
+    full = planned(4, 80, samples=200_000)
+    assert (full["choice"]["method"], full["choice"]["launch"]) == ("full", "fsdp2")
+    parts = full["choice"]["parts"]
+    kept = sum(parts[name] for name in ("weights", "gradients", "masters and moments"))
+    assert kept == pytest.approx(16 * size["parameters"] / 4, rel=0.01)
+    assert any("fsdp2.yaml --num_processes 4" in one["said"] for one in full["lines"])
+    lora = planned(2, 24, samples=2_000)["choice"]
+    assert (lora["method"], lora["launch"]) == ("lora", "ddp")
+    assert lora["tokens_per_step"] % (2 * lora["length"] * lora["batch"]) == 0
+    assert planned(1, 24, samples=2_000)["choice"]["launch"] is None
+    qlora = planned(8, 12, samples=2_000, fixed=dict(method="qlora"))["choice"]
+    assert qlora["launch"] == "ddp"
+    one, two = (planned(n, 24, samples=1000, rate=100.0, watts=500.0)["time"] for n in (1, 2))
+    assert two["seconds"] == one["seconds"] / 2 and two["kwh"] == pytest.approx(one["kwh"])

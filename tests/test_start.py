@@ -293,7 +293,8 @@ def test_the_disk_holds_the_sums_too():
         (dict(samples=5_000, known=True), "chat", "lora"),
         (dict(samples=200_000, parameters=7e9, memory=80), "either", "lora"),  # 112 GB do not fit
         (dict(samples=200_000, parameters=7e9, memory=113), "base", "full"),
-        (dict(samples=200_000, parameters=7e9, memory=80, gpus=8), "either", "lora"),  # a training uses one GPU
+        (dict(samples=200_000, parameters=7e9, memory=80, gpus=8), "base", "full"),  # 14 GB on each
+        (dict(samples=200_000, parameters=70e9, memory=80, gpus=8), "either", "none"),  # 140 GB on each, LoRA 210
         (dict(samples=2_000, parameters=7e9, memory=16), "chat", "none"),
         (dict(samples=2_000, parameters=1e9, memory=80), "chat", "lora"),  # not all weights of a chat model
     ],
@@ -308,7 +309,7 @@ def test_the_rule_by_samples_and_machine(asked, start, method):
 
 def test_reasons_name_the_machine():
     text = " ".join(advise(2_000, parameters=7e9, memory=24, gpus=4)["reasons"])
-    assert "about 112 GB" in text and "LoRA about 21 GB" in text and "the other 3 can run" in text
+    assert "about 28 GB" in text and "LoRA about 21 GB" in text and "divided among 4 GPUs" in text
     assert "the machine has 24 GB" in " ".join(advise(2_000, parameters=7e9, memory=24, gpus=0)["reasons"])
     for wrong in (
         dict(samples=0),

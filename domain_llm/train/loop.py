@@ -222,8 +222,8 @@ def _one_device(args):
     if args.n_gpu < 2:
         return
     print(
-        f"note: {args.n_gpu} GPUs are visible; training uses one of them, {args.device}. Choose "
-        "another with CUDA_VISIBLE_DEVICES."
+        f"note: {args.n_gpu} GPUs are visible; training uses one of them, {args.device}. 'accelerate launch' starts a "
+        "training that uses all ('domain-llm plan --gpus' says how); CUDA_VISIBLE_DEVICES chooses another."
     )
     args._n_gpu = 1
 

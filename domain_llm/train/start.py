@@ -292,11 +292,14 @@ def _fitting(parameters, memory, gpus, needs=None):
     "The largest method that a device holds, None where that is not known; and the reasons."
     said = []
     if gpus > 1:
-        said.append(f"A training here uses one GPU; the other {gpus - 1} can run other starts or seeds meanwhile.")
+        said.append(
+            f"Full tuning can be divided among {gpus} GPUs (FSDP2); 'domain-llm plan' says what each then holds."
+        )
     if parameters is None or memory is None:
         return None, [*said, "Whether full tuning fits is not known without the model's size and the memory."]
-    place = "one GPU" if gpus else "the machine"
-    need = needs or {method: size * parameters / 1e9 for method, size in (("full", FULL), ("lora", LORA))}
+    place = "each GPU" if gpus > 1 else "one GPU" if gpus else "the machine"
+    shares = (("full", FULL / max(gpus, 1)), ("lora", LORA))
+    need = needs or {method: size * parameters / 1e9 for method, size in shares}
     fits = next((method for method in ("full", "lora") if need[method] <= memory), "none")
     before = "" if needs else " before activations"
     sizes = f"about {need['full']:,.0f} GB{before}, LoRA about {need['lora']:,.0f} GB"
