@@ -197,7 +197,7 @@ _MATTERS = "say in the experiment's claims which difference matters, or ask more
 def _ablation(path, result, command):
     "The item for one experiment."
     seeds, best, name = len(result["seeds"]), _strongest(result["claims"]), "ablation"
-    said = f"{result['experiment']}, {seeds} seeds: "
+    said = f"{result['experiment']}, {seeds} seed{'s' if seeds > 1 else ''}: "
     if best is None:
         said += "no claim is decided, and none says what difference matters"
         return _item(name, FAILED, said, path, command, _MATTERS)
