@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from . import advice, ask_command, commands, plan_command, quantize_command, review_command
+from . import advice, ask_command, commands, course_command, plan_command, quantize_command, review_command
 from .core import InputError
 from .devices import share_cores, shortage
 from .run.arms import abouts
@@ -120,9 +120,10 @@ say whether that is so, and with which system prompt. The first conversation is 
 What stands in [[ ]] is trained, a dot is a space, ↵ ends a line. --show N prints conversation N, whole, and stops.
 Then it measures whether the base model knows the documents already. Exit status 0 if the run can start, 2 if not."""
     said = "read a recipe's data and say what would go wrong, before any training"
-    c = _command(sub, "check", commands.check, said, more)
+    c = _command(sub, "check", commands.check, said, more + course_command.MORE)
     c.add_argument("recipe", nargs="?", help="YAML file ('domain-llm init' writes one); without it the demo's")
     c.add_argument("--show", type=int, metavar="N", help="print conversation N as the model reads it; measure nothing")
+    course_command.arguments(c)
     _output(c)
 
 

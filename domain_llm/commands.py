@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from . import ask_command
+from . import ask_command, course_command
 from .core import InputError, refuse_existing, write_json, write_jsonl
 from .data.clean import clean
 from .data.corpus import build_corpus, corpus_report
@@ -40,7 +40,11 @@ def run(a):
 
 
 def check(a):
-    "Say what would go wrong in a run."
+    "Say what would go wrong in a run, or go through the checklist of a finished one."
+    if a.course:
+        return course_command.check_course(a)
+    if a.json:
+        raise InputError("--json belongs to --course RUN. Say it, or leave --json out.")
     check_run(a.recipe, a.output, a.show)
 
 

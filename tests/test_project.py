@@ -90,9 +90,9 @@ def test_exports_are_in_sync(tmp_path):
     assert not differing, "these differ from their notebooks: run nbdev_export"
 
 
-@pytest.mark.parametrize("tool", ["readme", "colab", "build_site"])
+@pytest.mark.parametrize("tool", ["readme", "colab", "build_site", "chapter_times"])
 def test_what_a_tool_makes_is_current(tool):
-    "README.md; the Colab badge and install cell of every chapter; the links that the site would have."
+    "README.md; the Colab badge and install cell; the links that the site would have; the reading times of chapters."
     command = [sys.executable, ROOT / "tools" / f"{tool}.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"tools/{tool}.py: {done.stdout}{done.stderr}"

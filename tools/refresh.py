@@ -1,16 +1,19 @@
 """Execute notebooks in place, skipping `#| slow` and `#| cuda` cells, then clean them.
 
     python tools/refresh.py nbs/21_data.dedup.ipynb ...     (no argument: every notebook)
+    python tools/refresh.py --record nbs/00_start.ipynb     (also records how long the chapters ran: chapter_times.py)
 
 A skipped cell keeps the outputs it has. An error stops the run and the notebook stays as it was.
 """
 
 import os
 import re
+import resource
 import sys
 import time
 from pathlib import Path
 
+import chapter_times
 import nbformat
 from colab import CELL_METADATA
 from nbclient import NotebookClient
@@ -43,11 +46,21 @@ def refresh(path):
     nbformat.write(nb, path)
 
 
+def processor_seconds():
+    "Processor time of all ended processes that this one started: kernels, and what they started."
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     root = Path(__file__).resolve().parent.parent
-    for p in sys.argv[1:] or sorted(map(str, (root / "nbs").glob("*.ipynb"))):
-        start = time.time()
+    named, record = [p for p in sys.argv[1:] if p != "--record"], "--record" in sys.argv
+    for p in named or sorted(map(str, (root / "nbs").glob("*.ipynb"))):
+        start, used = time.time(), processor_seconds()
         refresh(p)
-        print(f"{p}: {time.time() - start:.0f} s")
+        used = processor_seconds() - used
+        print(f"{p}: {time.time() - start:.0f} s, processor {used:.0f} s")
+        if record:
+            chapter_times.renew({Path(p).stem: used})
