@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from . import advice, ask_command, commands, plan_command, quantize_command, review_command
+from . import advice, ask_command, commands, plan_command, quantize_command, review_command, task_command
 from .core import InputError
 from .devices import share_cores, shortage
 from .run.arms import abouts
@@ -33,6 +33,7 @@ EXAMPLES = """examples:
   domain-llm serve runs/demo            offer it to other programs (OpenAI-compatible, this machine only)
   domain-llm text2sql demo --out FOLDER train a model that answers questions from a database
   domain-llm ask demo                   answer questions in words from a database
+  domain-llm task d2spo MODEL manuals/  the facts of documents as triples; also d2qa and search2sum
   domain-llm review A B --questions Q   let people judge the answers of two models, blind
 
 'domain-llm COMMAND --help' explains a command."""
@@ -65,6 +66,7 @@ def _parser():
         _chat,
         _text2sql,
         _ask,
+        _task,
         _serve,
         _review,
     ):
@@ -74,12 +76,9 @@ def _parser():
 
 def _command(sub, name, work, help, more=""):
     "A command by name, with what it does; `more` is shown by its own --help."
-    c = sub.add_parser(
-        name,
-        help=help,
-        description=f"{help[0].upper()}{help[1:]}.{more}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    about = f"{help[0].upper()}{help[1:]}.{more}"
+    c = sub.add_parser(name, help=help, description=about, formatter_class=as_it_stands)
     c.set_defaults(work=work)
     return c
 
@@ -326,6 +325,10 @@ def _ask(sub):
     said = "answer questions in words from a database"
     ask_command.asking(_command(sub, "ask", ask_command.ask, said, ask_command.ASKING))
 
+
+def _task(sub):
+    task_command.options(_command(sub, "task", task_command.task, task_command.SAID, task_command.MORE))
+
 # %% ../nbs/98_cli.ipynb #1d2a3cfa
 def _serve(sub):
     more = """
@@ -362,7 +365,7 @@ def _review(sub):
     review_command.arguments(_command(sub, "review", review_command.review, said, review_command.MORE))
 
 # %% ../nbs/98_cli.ipynb #1dbdbfba
-COMPUTING = ("run", "check", "eval", "ablate", "quantize", "review")  # commands that use every core
+COMPUTING = ("run", "check", "eval", "ablate", "quantize", "review", "task")  # commands that use every core
 
 
 def main(
