@@ -144,17 +144,23 @@ def scored(
     return dict(task=task, metric=name, model=model, baseline=without, change=change)
 
 
+def _line(name, value, r, groups, how):
+    "A figure with its interval as a line."
+    alike = r["low"] is None and groups > 1
+    said = "no interval: all groups agree" if alike else said_interval(r["low"], r["high"], how)
+    return f"  {name:16} {value:{how}}  ({said})"
+
+
 def told_scores(
     found,  # as from `scored`
 ):
     "The scores as lines."
     model, change = found["model"], found["change"]
-    lines = [f"{found['metric']}, mean of {model['n']} rows in {change['groups']} groups"]
+    n = change["groups"]
+    lines = [f"{found['metric']}, mean of {model['n']} rows in {n} groups"]
     for name, r in (("model", model), (_BASELINES[found["task"]], found["baseline"])):
-        lines.append(f"  {name:16} {r['mean']:5.2f}  ({said_interval(r['low'], r['high'], '.2f')})")
-    lines.append(
-        f"  {'difference':16} {change['diff']:+5.2f}  ({said_interval(change['low'], change['high'], '+.2f')})"
-    )
+        lines.append(_line(name, r["mean"], r, n, "5.2f"))
+    lines.append(_line("difference", change["diff"], change, n, "+5.2f"))
     if found["task"] == "d2spo":
         lines.append(f"{model['validity']:.0%} of the model's answers are triples and nothing else")
     return lines

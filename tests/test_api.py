@@ -1,5 +1,6 @@
 """The servers as other programs use them: the API page by schemathesis, the OpenAI-compatible one by `openai`."""
 
+import json
 import re
 import signal
 import subprocess
@@ -8,7 +9,8 @@ import sys
 import openai
 import pytest
 
-from domain_llm.core import InputError
+from domain_llm.cli import main
+from domain_llm.core import InputError, write_jsonl
 from domain_llm.ship.gguf import export_gguf
 from domain_llm.ship.serve import post, server
 
@@ -75,9 +77,14 @@ def test_a_question_back_is_in_the_language_of_the_question(url, question):
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder, tmp_path_factory):
+def file(tiny_folder, tmp_path_factory):
+    "A tiny model as a GGUF file."
+    return export_gguf(tiny_folder, tmp_path_factory.mktemp("gguf"), "q8_0")["q8_0"]
+
+
+@pytest.fixture(scope="module")
+def model(file):
     "OpenAI's client of a tiny model that takes conversations of 256 tokens, and the name of its file."
-    file = export_gguf(tiny_folder, tmp_path_factory.mktemp("gguf"), "q8_0")["q8_0"]
     with server(file, port=0, context=256, api_keys=[KEY]) as address:
         yield openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0), file.stem
 
@@ -113,3 +120,14 @@ def test_a_conversation_that_is_too_long_is_refused(model):
     with pytest.raises(openai.BadRequestError, match="context") as e:
         client.chat.completions.create(model=name, messages=long, max_tokens=4)
     assert e.value.status_code == 400
+
+
+def test_a_task_is_put_to_a_file_and_the_terminal_gets_rows_alone(file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DOMAIN_LLM_CACHE", str(tmp_path))  # no answers of an earlier test
+    pages = tmp_path / "pages.jsonl"
+    write_jsonl(pages, [dict(query="苍鹭", results=["苍鹭很大。"], summary="很大。")])
+    capsys.readouterr()
+    assert main(["task", "search2sum", str(file), str(pages), "--max-tokens", "4"]) == 0
+    said = capsys.readouterr()
+    assert [json.loads(line)["query"] for line in said.out.splitlines()] == ["苍鹭"]
+    assert "ROUGE-L, mean of 1 rows" in said.err and "a single group" in said.err
