@@ -148,7 +148,7 @@ def _line(name, value, r, groups, how):
     "A figure with its interval as a line."
     alike = r["low"] is None and groups > 1
     said = "no interval: all groups agree" if alike else said_interval(r["low"], r["high"], how)
-    return f"  {name:16} {value:{how}}  ({said})"
+    return f"  {name:16} {format(value, how):>5}  ({said})"
 
 
 def told_scores(
@@ -159,8 +159,8 @@ def told_scores(
     n = change["groups"]
     lines = [f"{found['metric']}, mean of {model['n']} rows in {n} groups"]
     for name, r in (("model", model), (_BASELINES[found["task"]], found["baseline"])):
-        lines.append(_line(name, r["mean"], r, n, "5.2f"))
-    lines.append(_line("difference", change["diff"], change, n, "+5.2f"))
+        lines.append(_line(name, r["mean"], r, n, ".2f"))
+    lines.append(_line("difference", change["diff"], change, n, "+.2f"))
     if found["task"] == "d2spo":
         lines.append(f"{model['validity']:.0%} of the model's answers are triples and nothing else")
     return lines
