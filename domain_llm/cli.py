@@ -10,12 +10,20 @@ import argparse
 import os
 import sys
 
-from . import advice, ask_command, commands, course_command, plan_command, quantize_command, review_command
+from domain_llm import (
+    advice,
+    ask_command,
+    commands,
+    course_command,
+    plan_command,
+    quantize_command,
+    review_command,
+    task_command,
+)
 from .core import InputError
 from .devices import share_cores, shortage
 from .run.arms import abouts
 from .run.recipe import PRESETS
-from .train.vocab import STARTS
 
 # %% ../nbs/98_cli.ipynb #46a4ef51
 EXAMPLES = """examples:
@@ -33,6 +41,7 @@ EXAMPLES = """examples:
   domain-llm serve runs/demo            offer it to other programs (OpenAI-compatible, this machine only)
   domain-llm text2sql demo --out FOLDER train a model that answers questions from a database
   domain-llm ask demo                   answer questions in words from a database
+  domain-llm task d2spo MODEL manuals/  the facts of documents as triples; also d2qa and search2sum
   domain-llm review A B --questions Q   let people judge the answers of two models, blind
 
 'domain-llm COMMAND --help' explains a command."""
@@ -65,6 +74,7 @@ def _parser():
         _chat,
         _text2sql,
         _ask,
+        _task,
         _serve,
         _review,
     ):
@@ -74,12 +84,9 @@ def _parser():
 
 def _command(sub, name, work, help, more=""):
     "A command by name, with what it does; `more` is shown by its own --help."
-    c = sub.add_parser(
-        name,
-        help=help,
-        description=f"{help[0].upper()}{help[1:]}.{more}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    about = f"{help[0].upper()}{help[1:]}.{more}"
+    c = sub.add_parser(name, help=help, description=about, formatter_class=as_it_stands)
     c.set_defaults(work=work)
     return c
 
@@ -247,34 +254,8 @@ In a recipe:
 
 
 def _vocab(sub):
-    more = """
-
-A model reads and writes in tokens, and words of a domain often fall into several. New pieces for them make texts
-shorter: faster to read and to write, and more of them fit into the context. Practitioners see no better answers for
-it, and a model must be trained before it can use them. So look first. Four fifths of the documents choose the
-pieces; the others, which chose none, measure the saving. Nothing is trained. With --speed the model also writes with
-its own pieces and with the new ones, in turn, in transformers and in llama.cpp: the largest --count is timed.
-
-  domain-llm vocab manuals/ --model Qwen/Qwen3-0.6B                                  what 100, 500, 2000 would save
-  domain-llm vocab manuals/ --model Qwen/Qwen3-0.6B --count 500 --out extended/      write model and tokenizer
-
-Pieces are merges added to the tokenizer's own (byte-level BPE: SmolLM2, Qwen, Llama 3, GLM-4), so text without them
-is cut as before, and llama.cpp cuts alike. A recipe takes the folder (model: extended/) and trains all weights
-(method: full) or an adapter and the new rows (method: lora).
-Exit status 0 if every file could be read, 3 if some were skipped."""
     said = "say what new pieces for a domain's words would save and cost, before any training"
-    c = _command(sub, "vocab", advice.vocab, said, more)
-    c.add_argument("documents", nargs="+", help="folders, files or hub data sets")
-    c.add_argument("--model", required=True, metavar="MODEL", help="hub id or model folder")
-    pieces = "number of new pieces (may be repeated; 100, 500 and 2,000 when not given)"
-    c.add_argument("--count", type=int, action="append", metavar="N", help=pieces)
-    c.add_argument("--out", metavar="FOLDER", help="write the model with --count pieces and its tokenizer here")
-    c.add_argument("--speed", action="store_true", help="time both models: characters per second")
-    values = "values of the new rows: mean or weighted mean of the old pieces' rows, semantic, or random (%(default)s)"
-    c.add_argument("--start", default="mean", choices=STARTS, help=values)
-    meanings = "for --start semantic: JSON object of words and what they mean; such a row is the mean of the meaning's"
-    c.add_argument("--descriptions", metavar="FILE", help=meanings)
-    c.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    advice.vocab_arguments(_command(sub, "vocab", advice.vocab, said, advice.PIECES))
 
 
 def _questions(sub):
@@ -327,6 +308,10 @@ def _ask(sub):
     said = "answer questions in words from a database"
     ask_command.asking(_command(sub, "ask", ask_command.ask, said, ask_command.ASKING))
 
+
+def _task(sub):
+    task_command.options(_command(sub, "task", task_command.task, task_command.SAID, task_command.MORE))
+
 # %% ../nbs/98_cli.ipynb #1d2a3cfa
 def _serve(sub):
     more = """
@@ -363,7 +348,7 @@ def _review(sub):
     review_command.arguments(_command(sub, "review", review_command.review, said, review_command.MORE))
 
 # %% ../nbs/98_cli.ipynb #1dbdbfba
-COMPUTING = ("run", "check", "eval", "ablate", "quantize", "review")  # commands that use every core
+COMPUTING = ("run", "check", "eval", "ablate", "quantize", "review", "task")  # commands that use every core
 
 
 def main(

@@ -312,6 +312,8 @@ def test_too_many_questions_at_once(start):
     wait_until(lambda: len(found) >= 2)
     assert [status for status, _, _ in found] == [503, 503], "refused at once, before the first is stopped"
     assert int(found[0][1]["retry-after"]) > 0 and "Too many questions" in found[0][2]["error"]["message"]
+    status, _, answer = server.request("POST", "/run", {"sql": ENDLESS, "question": "苍鹭在哪里？"})
+    assert status == 503 and "问题太多" in answer["error"]["message"]
     assert server.request("GET", "/health")[0] == 200
     wait_until(lambda: len(found) >= 3)
     assert found[2][0] == 422, "the first was stopped after its time, and the next runs"
@@ -344,6 +346,8 @@ def test_a_database_that_is_gone(start):
         status, _, answer = server.request(method, path, body)
         assert status == 503 and "cannot be used now" in answer["error"]["message"]
         assert str(server.database) not in json.dumps(answer)
+    _, _, answer = server.request("POST", "/ask", {"question": "苍鹭在哪里？"})
+    assert "现在无法使用" in answer["error"]["message"]
     server.stop(signal.SIGKILL)
     assert str(server.database) in (server.database.parent / "log").read_text()
 

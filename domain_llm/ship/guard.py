@@ -37,11 +37,19 @@ _ROOTS = ("Select", "Union", "Intersect", "Except", "Subquery")
 
 
 class Refusal(InputError):
-    "A query that is not run, or was stopped: the message says what is not allowed, why, and what to do."
+    "A query that is not run, or was stopped: the message says what is not allowed and what to do, `zh` in Chinese."
+
+    def __init__(self, message, zh):
+        super().__init__(message)
+        self.zh = zh
 
 
-def _refuse(what, remedy):
-    raise Refusal(f"This query is not run: {what}. {remedy}.")
+def _refusal(what, remedy, zh):
+    return Refusal(f"This query is not run: {what}. {remedy}.", f"此查询未执行：{zh}。")
+
+
+def _refuse(what, remedy, zh):
+    raise _refusal(what, remedy, zh)
 
 # %% ../../nbs/95_ship.guard.ipynb #eaf32d7d
 def _kind(node):
@@ -72,7 +80,8 @@ def _check_retries(query, dialect):
             open_types.pop()
         before = token.token_type
     if joins + 2 * deepest > _RETRIES:
-        _refuse(f"it has too many JOINs or types within types, at most {_RETRIES} are read", "Ask something simpler")
+        what = f"it has too many JOINs or types within types, at most {_RETRIES} are read"
+        _refuse(what, "Ask something simpler", f"JOIN 或嵌套的类型太多，最多 {_RETRIES} 个，请问得简单一些")
 
 
 def _tree(
@@ -86,17 +95,20 @@ def _tree(
         _check_retries(query, dialect)
         found = [tree for tree in sqlglot.parse(query, read=dialect) if tree is not None]
     except sqlglot.errors.SqlglotError as e:
-        said = f"it cannot be read as SQL ({first_line(e):.200})"
-        raise Refusal(f"This query is not run: {said}. Check its spelling.") from e
+        said = f"{first_line(e):.200}"
+        zh = f"无法读作 SQL（{said}），请检查写法"
+        raise _refusal(f"it cannot be read as SQL ({said})", "Check its spelling", zh) from e
     except Refusal:
         raise
     except Exception as e:  # a parser that a stranger's text brings down has not allowed it
-        raise Refusal("This query is not run: it is nested too deeply or oddly. Ask something simpler.") from e
+        what = "it is nested too deeply or oddly"
+        raise _refusal(what, "Ask something simpler", "嵌套太深或不寻常，请问得简单一些") from e
     if len(found) != 1:
-        _refuse(f"it has {len(found)} statements and exactly one is allowed", "Ask one thing at a time")
+        what = f"it has {len(found)} statements and exactly one is allowed"
+        _refuse(what, "Ask one thing at a time", f"其中有 {len(found)} 条语句，只允许一条，请一次只问一件事")
     tree = found[0]
     if _kind(tree) == "Semicolon":
-        _refuse("it says nothing but a comment", "Write a SELECT")
+        _refuse("it says nothing but a comment", "Write a SELECT", "其中只有注释，请写一条 SELECT")
     bare = [key for key, value in tree.args.items() if value] == ["this"]
     return tree.unnest() if bare and _kind(tree) == "Subquery" else tree
 
@@ -140,7 +152,8 @@ def _check_size(tree):
         parts += _kind(node) == "Select"
         if depth > _DEEPEST or parts > _PARTS:
             most = f"{_DEEPEST} levels and {_PARTS} queries within one another or joined by UNION"
-            _refuse(f"it is too large, at most {most} are allowed", "Ask something simpler")
+            zh = f"查询太大，最多 {_DEEPEST} 层、{_PARTS} 个嵌套或由 UNION 相连的查询，请问得简单一些"
+            _refuse(f"it is too large, at most {most} are allowed", "Ask something simpler", zh)
         levels += [(child, depth + 1) for child in node.iter_expressions()]
 
 
@@ -159,23 +172,32 @@ def _check_node(node, dialect):
     if kind not in _NODES:
         name = _called(node, dialect) if isinstance(node, exp.Func) else None
         if name is None:
-            _refuse(f"{kind.upper()} is not allowed", "Only SELECT with its ordinary parts is")
+            zh = f"不允许使用 {kind.upper()}，只能使用普通的 SELECT"
+            _refuse(f"{kind.upper()} is not allowed", "Only SELECT with its ordinary parts is", zh)
         if name not in FUNCTIONS:
-            _refuse(f"the function {name} is not allowed{nearest(name, FUNCTIONS)}", "Leave it out")
+            what = f"the function {name} is not allowed{nearest(name, FUNCTIONS)}"
+            _refuse(what, "Leave it out", f"不允许使用函数 {name}，请去掉它")
     if kind == "DataType" and getattr(node.this, "name", None) not in _TYPES:
-        _refuse(f"the type {node.sql(dialect=dialect)} is not allowed", "Use a plain type such as TEXT or INTEGER")
+        name = node.sql(dialect=dialect)
+        zh = f"不允许使用类型 {name}，请使用 TEXT、INTEGER 等普通类型"
+        _refuse(f"the type {name} is not allowed", "Use a plain type such as TEXT or INTEGER", zh)
     if kind == "Select" and not node.expressions:
-        _refuse("SELECT does not say what", "Name the columns")
+        _refuse("SELECT does not say what", "Name the columns", "SELECT 没有说明要什么，请写出列名")
     if kind == "Join" and node.args.get("method"):
-        _refuse(f"{node.args['method']} JOIN is not allowed, since it does not say what it compares", "Use ON or USING")
+        what = f"{node.args['method']} JOIN is not allowed, since it does not say what it compares"
+        zh = f"不允许使用 {node.args['method']} JOIN，因为它没有说明比较什么，请使用 ON 或 USING"
+        _refuse(what, "Use ON or USING", zh)
     if kind == "With" and node.args.get("recursive"):
-        _refuse("WITH RECURSIVE is not allowed, since it may never end", "Ask without recursion")
+        zh = "不允许使用 WITH RECURSIVE，因为它可能永不结束，请不要使用递归"
+        _refuse("WITH RECURSIVE is not allowed, since it may never end", "Ask without recursion", zh)
 
 
 def _check_nodes(tree, dialect):
     "Refuse a tree that is no query or has a part that is in no list."
     if _kind(tree) not in _ROOTS:
-        _refuse(f"{_kind(tree).upper()} is not allowed", "Only SELECT is: nothing is changed here")
+        name = _kind(tree).upper()
+        zh = f"不允许使用 {name}，只允许 SELECT，这里不作任何修改"
+        _refuse(f"{name} is not allowed", "Only SELECT is: nothing is changed here", zh)
     for node in tree.walk():
         _check_node(node, dialect)
 
@@ -198,13 +220,15 @@ def _columns_of(schema):
 def _check_table(table, known, given):
     "Refuse what is not the plain name of a table that may be read here, or of a WITH that is in sight."
     extra = [key for key, value in table.args.items() if value and key not in ("this", "alias", "joins")]
+    choice, zh = f"Choose among {', '.join(known)}", f"请从 {'、'.join(known)} 中选择"
     if _kind(table.this) != "Identifier":
-        _refuse("a function in the place of a table is not allowed", f"Choose among {', '.join(known)}")
+        _refuse("a function in the place of a table is not allowed", choice, f"表的位置不允许使用函数，{zh}")
     if extra:
-        _refuse(f"{table.sql()!r} is more than the name of a table", "Write the name alone")
+        what = f"{table.sql()!r} is more than the name of a table"
+        _refuse(what, "Write the name alone", f"{table.sql()!r} 不只是一个表名，请只写表名")
     if table.name not in known and table.name not in given:
         hint = nearest(table.name, known)
-        _refuse(f"there is no table {table.name!r}{hint}", f"Choose among {', '.join(known)}")
+        _refuse(f"there is no table {table.name!r}{hint}", choice, f"没有名为 {table.name!r} 的表，{zh}")
 
 
 def _check_scopes(node, known, given):
@@ -226,7 +250,8 @@ def _check_tables(tree, known):
     given = {node.alias for node in tree.find_all(exp.CTE)}
     taken = sorted(name for name in given if name in known or name.startswith(("sqlite_", "pg_")))
     if taken:
-        _refuse(f"WITH gives the name {taken[0]!r}, which is that of a table", "Choose another name")
+        zh = f"WITH 所取的名字 {taken[0]!r} 已是一个表的名字，请换一个"
+        _refuse(f"WITH gives the name {taken[0]!r}, which is that of a table", "Choose another name", zh)
     _check_scopes(tree, known, frozenset())
     return given
 
@@ -242,7 +267,8 @@ def _qualified(tree, known, dialect):
         return qualify(_without_aliases(tree), schema=types, dialect=dialect, **how)
     except Exception as e:  # also what a query that is no query brings down, such as one that reads itself
         said = re.sub(r"\s*Line: \d+, Col: \d+\.?", "", first_line(e)).rstrip(".")
-        raise Refusal(f"This query is not run: {said:.200}. Use the columns of the tables, each with its table.") from e
+        zh = f"{said:.200}，请使用各表中的列，并写明所属的表"
+        raise _refusal(f"{said:.200}", "Use the columns of the tables, each with its table", zh) from e
 
 
 def _check_columns(tree):
@@ -251,10 +277,12 @@ def _check_columns(tree):
 
     whole = tree.find(exp.TableColumn)
     if whole:
-        _refuse(f"{whole.sql()} stands for all columns of a table", "Name the columns")
+        zh = f"{whole.sql()} 代表一个表的所有列，请写出列名"
+        _refuse(f"{whole.sql()} stands for all columns of a table", "Name the columns", zh)
     for column in tree.find_all(exp.Column):
         if column.args.get("db") or column.args.get("catalog"):
-            _refuse(f"{column.sql()!r} names more than table and column", "Write table.column")
+            zh = f"{column.sql()!r} 不只是表名和列名，请写成 表.列"
+            _refuse(f"{column.sql()!r} names more than table and column", "Write table.column", zh)
 
 
 def _source_columns(source, known, left_out):
@@ -311,11 +339,14 @@ def checked(
     from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
 
     if not isinstance(query, str):
-        _refuse(f"it is no text but {type(query).__name__}", "Write a SELECT")
+        _refuse(f"it is no text but {type(query).__name__}", "Write a SELECT", "它不是文本，请写一条 SELECT")
     if len(query) > _LONGEST:
-        _refuse(f"it has {len(query):,} characters, at most {_LONGEST:,} are allowed", "Ask something simpler")
+        what = f"it has {len(query):,} characters, at most {_LONGEST:,} are allowed"
+        zh = f"有 {len(query):,} 个字符，最多允许 {_LONGEST:,} 个，请问得简单一些"
+        _refuse(what, "Ask something simpler", zh)
     if re.search(r"[\x00\ud800-\udfff]", query):
-        _refuse("it has a character that no text may have", "Write it again by hand")
+        what = "it has a character that no text may have"
+        _refuse(what, "Write it again by hand", "其中有文本不能包含的字符，请手工重写")
     dialect = schema["dialect"]
     tree = _tree(query, dialect)
     _check_size(tree)

@@ -146,7 +146,7 @@ def make_review_app(
         keep_mark(store, packet["id"], name, body.item, body.model_dump(exclude={"item"}, exclude_defaults=True))
         return {"status": "kept"}
 
-    add_errors(app, "The file of marks cannot be used now.")
+    add_errors(app, "The file of marks cannot be used now. The log says why.")
     return door(app, list(tokens.values()), page_policy(page) + "; frame-ancestors 'none'", ("/",))
 
 # %% ../../nbs/95_ship.marks.ipynb #4cc72c2f

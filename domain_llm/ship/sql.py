@@ -91,9 +91,11 @@ def run_guarded(
         raise
     except _failures() as e:
         if time.monotonic() - begun >= seconds:
-            raise Refusal(f"This query was stopped after {seconds:g} s. Ask for less at a time.") from e
-        said = first_line(getattr(e, "orig", e))
-        raise Refusal(f"The database refuses this query: {said:.200}. Ask in another way.") from e
+            what = f"This query was stopped after {seconds:g} s. Ask for less at a time."
+            raise Refusal(what, f"此查询在 {seconds:g} 秒后被中止，请一次少问一些。") from e
+        said = f"{first_line(getattr(e, 'orig', e)):.200}"
+        zh = f"数据库拒绝了此查询：{said}。请换一种问法。"
+        raise Refusal(f"The database refuses this query: {said}. Ask in another way.", zh) from e
     return dict(sql=allowed["sql"], columns=columns, rows=rows, note=note)
 
 # %% ../../nbs/54_ship.sql.ipynb #b7470e7d
