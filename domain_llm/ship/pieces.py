@@ -39,7 +39,16 @@ def sentencepiece_model(
     proto.trainer_spec.model_type = proto.trainer_spec.BPE
     proto.trainer_spec.byte_fallback = True
     proto.trainer_spec.vocab_size = len(proto.pieces)
+    proto.normalizer_spec.name, proto.normalizer_spec.remove_extra_whitespaces = "identity", False
+    proto.normalizer_spec.add_dummy_prefix = _prepends(spec)
     return proto.SerializeToString()
+
+
+def _prepends(spec):
+    "Whether a space is put before a text."
+    steps = [spec.get(name) or {} for name in ("normalizer", "pre_tokenizer")]
+    steps += [part for step in steps for part in step.get("normalizers", []) + step.get("pretokenizers", [])]
+    return any(step.get("type") == "Prepend" or step.get("prepend_scheme") in ("first", "always") for step in steps)
 
 
 def _scores(merges):
