@@ -4,7 +4,7 @@
 
 Every family is a tiny model with random weights, shaped by the family's published configuration, and a small tokenizer
 of its kind (tests/fixtures/small_families.py); the steps are those of tests/fixtures/conformance.py. A step passes, is
-refused by the package with a reason, or fails. With --only nothing is written.
+refused by the package with a reason, or fails. The record is written after every family; with --only nothing is.
 """
 
 import argparse
@@ -34,12 +34,12 @@ def conform(name):
 def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a.add_argument("--only", choices=KINDS, help="this family alone")
-    only, start = a.parse_args().only, time.time()
-    rows = {
-        name: dict(model_type=kind, steps=conform(name)) for name, (kind, *_) in KINDS.items() if only in (None, name)
-    }
-    if not only:
-        save_result("families", dict(families=rows), start)
+    only, start, rows = a.parse_args().only, time.time(), {}
+    for name, (kind, *_) in KINDS.items():
+        if only in (None, name):
+            rows[name] = dict(model_type=kind, steps=conform(name))
+        if not only:
+            save_result("families", dict(families=rows), start)
 
 
 if __name__ == "__main__":
