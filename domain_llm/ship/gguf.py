@@ -18,6 +18,7 @@ from ..core import InputError, fingerprint, nearest, progress, read_json, write_
 from ..models import is_adapter, load_tokenizer, local_folder, resolve
 from .llama import K_BLOCK, quantize_rows
 from .merge import adapter_base, load_tokenizer_of, merge
+from .pieces import for_converter
 
 # %% ../../nbs/51_ship.gguf.ipynb #045c0e96
 TYPES = {
@@ -345,7 +346,8 @@ def _export(base, adapter, out, paths, mark, template):
         )
     with _workspace(out) as tmp:
         folder = merge(base, adapter, tmp / "merged") if adapter else base
-        source = GGUFReader(_convert(folder, tmp / "lossless.gguf"))
+        seen = for_converter(folder, tmp / "seen")
+        source = GGUFReader(_convert(seen, tmp / "lossless.gguf"))
         for t, path in todo.items():
             quantize_file(source, tmp / path.name, t, template)
             _publish(tmp / path.name, path, made, mark)

@@ -192,6 +192,6 @@ def _better_attention(model):
     from transformers.utils import is_flash_attn_2_available
 
     if model.device.type == "cpu":
-        return None if getattr(model.config, "sliding_window", None) else "documents"
+        return None if getattr(model.config.get_text_config(), "sliding_window", None) else "documents"
     flash = is_flash_attn_2_available() and getattr(model, "_supports_flash_attn", False)
     return "flash_attention_2" if flash and half_dtype(model.device) == torch.bfloat16 else None
