@@ -256,3 +256,16 @@ def test_the_plan_chooses_and_names_the_file():
     assert qlora["launch"] == "ddp"
     one, two = (planned(n, 24, samples=1000, rate=100.0, watts=500.0)["time"] for n in (1, 2))
     assert two["seconds"] == one["seconds"] / 2 and two["kwh"] == pytest.approx(one["kwh"])
+
+
+def test_processes_wait_for_days(monkeypatch):
+    "PyTorch's own patience is 10 minutes on GPUs and 30 elsewhere; cleaning a corpus takes longer."
+    import torch.distributed as dist
+
+    from domain_llm import ranks as processes
+
+    met = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: met.update(given, backend=backend))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    processes.join()
+    assert met["timeout"].days > 30 and "gloo" in met["backend"]
