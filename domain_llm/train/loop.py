@@ -292,6 +292,7 @@ def _trainer(model, args, data, names, cfg, marks, probe, keep):
     "The Trainer over packed rows, with its bar and without its printing."
     from transformers.trainer_callback import PrinterCallback
 
+    _one_device(args)
     trainer = trainer_class()(
         model=model,
         args=args,
@@ -337,18 +338,17 @@ def train(
     'without_labels'}` (rows left out for having no label)."""
     from transformers import set_seed
 
+    if sharded():
+        refuse_sharded(cfg)
     given, rows = len(rows), chosen(rows, labelled(rows))
     once(own_checkpoints, Path(out))
     data, names = _packed(rows, given, cfg["length"], Path(out) / "rows.arrow")
     per_step = _rows_of_step(cfg)
     steps = -(-len(data) // per_step)
     marks = {round(steps * (i + 1) / cfg["probes"]) for i in range(cfg["probes"])} - {0}
-    if sharded():
-        refuse_sharded(cfg)
     passed = passes(per_step, cfg["batch"], world())
     data = shared_rows(data, per_step, passed)
     args = _arguments(model, out, cfg, seed, steps, passed, bool(probe))
-    _one_device(args)
     set_seed(seed)
     start = Path(out) / "start.json"
     if probe:
