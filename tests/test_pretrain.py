@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from domain_llm.core import InputError
 from domain_llm.data.mix import tokenize
 from domain_llm.models import load, tiny
-from domain_llm.train import loop
+from domain_llm.train import loop, trainer
 from domain_llm.train.batches import collate, documents_apart, pack, token_losses
 from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora, last_checkpoint, settings, train
 from domain_llm.train.pretrain import interpolate, make_probe
@@ -306,7 +306,7 @@ def test_a_device_without_bfloat16_trains_in_float32(tok, tiny_folder, tmp_path,
         seen.update([*(p.dtype for p in model.parameters()), torch.is_autocast_enabled("cpu")])
         return inner(model, batch)
 
-    monkeypatch.setattr(loop, "token_losses", losses)
+    monkeypatch.setattr(trainer, "token_losses", losses)
     model, _ = load(str(tiny_folder))
     train(add_lora(model, 2, 2) if adapters else model, rows_of(tok, 8), tmp_path, CFG)
     assert seen == {torch.float32, False}
@@ -327,7 +327,7 @@ def test_memory_that_runs_out_in_training_gives_advice(tok, tiny_folder, tmp_pat
 
     with pytest.raises(InputError, match="memory ran out while training.*length"):
         train(load(str(tiny_folder))[0], rows_of(tok, 8), tmp_path / "a", CFG, fails)
-    monkeypatch.setattr(loop, "token_losses", fails)
+    monkeypatch.setattr(trainer, "token_losses", fails)
     with pytest.raises(InputError, match="memory ran out while training.*length"):
         train(load(str(tiny_folder))[0], rows_of(tok, 8), tmp_path / "b", CFG)
     assert load(str(tiny_folder))[0].dtype == torch.float32

@@ -424,7 +424,7 @@ def test_own_multiplechoice_is_leak_free(whole):
     assert truth and not [q for q in questions if q in text]
 
 
-def test_documents_are_selected_within_the_budget(tiny_model):
+def test_documents_are_selected_within_the_budget(tiny_model, tmp_path):
     model, tok = tiny_model
     docs = [
         dict(
@@ -436,12 +436,17 @@ def test_documents_are_selected_within_the_budget(tiny_model):
         for i in range(20)
         for k in ("standard", "news")
     ]
-    cfg = check_recipe(dict(demo=8, select=dict(tokens=200, kinds=["standard"])))
-    found = training._selected(docs, cfg, model, tok)
+    write_jsonl(tmp_path / "documents.jsonl", docs)
+
+    def selected(**select):
+        cfg = check_recipe(dict(demo=8, **select))
+        return list(training._selected(tmp_path / "documents.jsonl", cfg, model, tok)())
+
+    found = selected(select=dict(tokens=200, kinds=["standard"]))
     sizes = [len(r["input_ids"]) for r in tokenize(found, tok, "x")]
     assert {d["kind"] for d in found} == {"standard"} and 150 < sum(sizes) <= 200
-    assert training._selected(docs, check_recipe(dict(demo=8)), model, tok) == docs
-    assert len(training._selected(docs, check_recipe(dict(demo=8, select=dict(near=0.5))), model, tok)) == 20
+    assert selected() == docs
+    assert len(selected(select=dict(near=0.5))) == 20
 
 
 def test_settings_know_what_their_modules_know():
