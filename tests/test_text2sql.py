@@ -240,9 +240,9 @@ def test_confidence_is_logistic_regression():
 def test_a_value_left_unused_speaks_against_an_answer():
     found = dict(values={"Oslo": set(), "P 7": set()}, literals=["20"], columns=set())
     choice = dict(sql="SELECT a.b FROM a WHERE a.c = 'Oslo'", logprob=-0.5, agreement=1.0, empty=False)
-    assert evidence(found, choice) == [-0.5, 1.0, 0.0, 1.0]
+    assert evidence(found, choice) == [pytest.approx(-math.log10(0.5)), 1.0, 0.0, 1.0]
     assert evidence(found, choice | dict(sql=choice["sql"] + " AND a.n > 20"))[-1] == 0.5
-    assert evidence(found, dict(sql=None))[0] == -20
+    assert evidence(found, dict(sql=None))[0] == pytest.approx(-math.log10(20))
 
 
 def test_reliability_has_groups_of_equal_size():
@@ -261,7 +261,9 @@ def test_the_model_is_a_function_of_a_question(setting):
 
     fitted = dict(weights=[0.0, 1.0, 0.0, 0.0, 0.0], mean=[0.0] * 4, scale=[1.0] * 4)
     found = sql_model(write, setting, fitted)("How many pumps in Oslo?")
-    assert found == dict(sql="SELECT COUNT(*) FROM pumps", confidence=pytest.approx(1 / 3))  # logit(1/3) = log(1/2)
+    assert found == dict(
+        sql="SELECT COUNT(*) FROM pumps", confidence=pytest.approx(1 / (1 + math.exp(math.log10(math.log(2)))))
+    )
     ((texts, grammars),) = asked
     assert "sites.town 'Oslo'" in texts[0] and "'Oslo'" in grammars[0]
     nothing = sql_model(lambda *_: [[answer("DROP TABLE pumps", 0.5)]], setting, fitted)("?")

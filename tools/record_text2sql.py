@@ -103,17 +103,30 @@ def figures(results, parts):
     weights = fit_confidence(on_dev["evidence"], on_dev["correct"])
     for part in parts:
         results[OURS, part]["confidence"] = [confidence(some, weights) for some in results[OURS, part]["evidence"]]
-    out = {}
+    out, thresholds = {}, {}
+    for name in ("rules", OURS):
+        dev = results[name, "dev"]
+        thresholds[name] = choose_threshold(dev["confidence"], dev["correct"], WANTED)
     for (name, part), found in results.items():
         right = with_interval(found["correct"], [row["shape"] for row in parts[part]])
         told = dict(right=sum(found["correct"]), n=len(found["correct"]), low=right["low"], high=right["high"])
         if name in ("rules", OURS):
-            dev = results[name, "dev"]
-            threshold = choose_threshold(dev["confidence"], dev["correct"], WANTED)
-            kept = [good for good, c in zip(found["correct"], found["confidence"]) if c >= threshold]
-            told |= dict(threshold=threshold, answered=len(kept), right_answered=sum(kept))
+            kept = [good for good, c in zip(found["correct"], found["confidence"]) if c >= thresholds[name]]
+            told |= dict(threshold=thresholds[name], answered=len(kept), right_answered=sum(kept))
         out.setdefault(name, {})[part] = told
-    return dict(arms=out, weights=weights)
+    return dict(arms=out, weights=weights, together={part: together(results, part, thresholds) for part in parts})
+
+
+def together(results, part, thresholds):
+    "Questions that are answered, and answered rightly, where the rules come first and then the model."
+    kept = []
+    both = [zip(results[name, part]["confidence"], results[name, part]["correct"]) for name in ("rules", OURS)]
+    for (by_rules, rules_right), (by_model, model_right) in zip(*both):
+        if by_rules >= thresholds["rules"]:
+            kept.append(rules_right)
+        elif by_model >= thresholds[OURS]:
+            kept.append(model_right)
+    return dict(answered=len(kept), right_answered=sum(kept), n=len(results["rules", part]["correct"]))
 
 
 def main():

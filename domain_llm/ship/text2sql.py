@@ -131,16 +131,22 @@ def choose_answer(
     return dict(sql=sql, logprob=logprobs[sql], mass=min(1.0, mass[best]), agreement=agreement, empty=not speaking)
 
 # %% ../../nbs/55_ship.text2sql.ipynb #66cdfe89
+def _sureness(logprob):
+    """A log-probability on a scale where nearly certain answers differ: 4 for 0.9999 and more, 2 for 0.99, 1 for 0.9,
+    -1.3 for next to nothing."""
+    return -math.log10(min(max(-logprob, 1e-4), 20.0))
+
+
 def evidence(
     found,  # as from `linked`
     choice,  # as from `choose_answer`
 ):
-    "What speaks for an answer, as numbers: log-probability, agreement, an empty result, values left unused."
+    "What speaks for an answer, as numbers: how sure the model was, agreement, an empty result, values left unused."
     if choice["sql"] is None:
-        return [-20.0, 0.0, 1.0, 1.0]
+        return [_sureness(-20.0), 0.0, 1.0, 1.0]
     named = [*found["values"], *found["literals"]]
     unused = sum(plain(value) not in plain(choice["sql"]) for value in named)
-    return [max(choice["logprob"], -20.0), choice["agreement"], float(choice["empty"]), min(unused, 2) / 2]
+    return [_sureness(choice["logprob"]), choice["agreement"], float(choice["empty"]), min(unused, 2) / 2]
 
 # %% ../../nbs/55_ship.text2sql.ipynb #921b3aaf
 def fit_confidence(
