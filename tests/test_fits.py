@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -239,7 +240,8 @@ class Somewhere:
 
     def __init__(self, kind, window=None):
         self.device = torch.device(kind)
-        self.config = type("Config", (), dict(sliding_window=window))
+        text = types.SimpleNamespace(sliding_window=window)  # a model of text and images has its window there
+        self.config = types.SimpleNamespace(get_text_config=lambda: text)
 
 
 @pytest.mark.parametrize(
