@@ -93,3 +93,10 @@ def test_lines_are_read_one_at_a_time(tmp_path):
     assert [next(lines)["n"] for _ in range(3)] == [0, 1, 2]
     with pytest.raises(InputError, match="line 5 is a list"):
         next(lines)
+
+
+def test_a_file_of_rows_of_somebody_else_is_left_alone(tok, tmp_path):
+    (tmp_path / "rows.arrow").write_text("mine")
+    with pytest.raises(InputError, match="rows.arrow that this training has not made"):
+        train(tiny(tok), tokenize(DOCS, tok, "domain", 64), tmp_path, TRAIN_DEFAULTS)
+    assert (tmp_path / "rows.arrow").read_text() == "mine"

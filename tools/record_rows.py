@@ -46,7 +46,7 @@ def watch(peaks, ended):
         peaks[0] = max(peaks[0], anonymous_mb())
 
 
-def write_documents(path, tokens, tok, seed):
+def write_documents(path, tokens, seed):
     "A file of different documents of the demo with so many tokens at least."
 
     def documents():
@@ -87,7 +87,7 @@ def measure(millions):
     with tempfile.TemporaryDirectory() as name:
         folder, tokens = Path(name), millions * 500_000
         for seed, source in enumerate(("domain", "general")):
-            write_documents(folder / f"{source}.jsonl", tokens, tok, seed)
+            write_documents(folder / f"{source}.jsonl", tokens, seed)
         base, started, seconds = anonymous_mb(), time.time(), {}
         peaks, ended = [base], threading.Event()
         threading.Thread(target=watch, args=(peaks, ended), daemon=True).start()

@@ -282,8 +282,8 @@ def covered(
     """Which documents say little that is new: a list of {"index", "share", "by": [(index, share), ...]}.
 
     In order, a document is dropped when at least `threshold` of its shingles stand in documents kept so far. A kept
-    counts only if it shares a tenth of the shorter of the two, so that stock phrases do not add up. Above 50 MB of text
-    a sample of the shingles proposes; all of them decide."""
+    document counts only if it shares a tenth of the shorter of the two, so that stock phrases do not add up. Above 50
+    MB of text a sample of the shingles proposes; all of them decide."""
     texts = [row["text"] for row in rows]
     scale = sample_scale(texts)
     sets = sketches(texts, scale=scale)

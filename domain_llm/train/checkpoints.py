@@ -17,15 +17,15 @@ from ..ranks import once
 
 # %% ../../nbs/94_train.checkpoints.ipynb #66344104
 def own_checkpoints(folder):
-    """Mark a folder as one of ours. Raises InputError where it holds checkpoints of another program, which the
+    """Mark a folder as one of ours. Raises InputError where it holds checkpoints or rows of another program, which the
     training would remove."""
     mark = folder / "packed.json"
     if mark.exists():
         return
-    if any(folder.glob("checkpoint-*")):
-        raise InputError(
-            f"{folder} holds checkpoints that this training has not made and would remove. Name another folder."
-        )
+    theirs = "checkpoints" if any(folder.glob("checkpoint-*")) else "rows.arrow"
+    if theirs == "checkpoints" or (folder / theirs).exists():
+        said = f"{folder} holds {theirs} that this training has not made and would remove"
+        raise InputError(f"{said}. Name another folder.")
     write_json(mark, {"made_by": "domain_llm"})
 
 # %% ../../nbs/94_train.checkpoints.ipynb #65c39dcb
