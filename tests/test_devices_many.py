@@ -185,7 +185,8 @@ def test_an_error_in_the_input_is_said_once(ranks, recipe):
 
 def test_what_cannot_be_divided_is_refused(ranks):
     out, ends = ranks("train", 2, "adamw8bit", settings=dict(optimizer="adamw8bit"), divide=True)
-    assert ends[0] == 2 and "optimizer: adamw8bit does not go with divided weights" in Path(f"{out}.log").read_text()
+    # both say so, and the one that is slower may be killed before it does
+    assert 2 in ends and "optimizer: adamw8bit does not go with divided weights" in Path(f"{out}.log").read_text()
 
 
 # The files, and the plan that names them
