@@ -2,9 +2,9 @@
 
     python tools/record_kinds.py [--seeds 5] [--plan]
 
-The pre-trained demo model reads about twelve machines in documents of one kind, for equal tokens, among conversations
-about twelve other machines, and is asked about the twelve and about twelve that it never read of. Every arm and seed
-is kept in the cache folder, so a cut recording goes on where it was. `--plan` says what the seeds on disk can resolve.
+The pre-trained demo model reads about 24 machines in documents of one kind, for equal tokens, among conversations about
+twelve of them. It is asked about the other twelve, and about twelve that it never read of. Every arm and seed is kept
+in the cache folder, so a cut recording goes on where it was. `--plan` runs two seeds and says what all would resolve.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from domain_llm.results import save_result
 from domain_llm.train.fit import fitted
 from domain_llm.train.sft import encode_all
 
-MACHINES = 12  # of each part: read about, never read about, and known from conversations
+MACHINES = 12  # of each part: read about, read about and talked about, never read about
 QUESTIONS = 2  # on each fact
-SETTINGS = dict(tokens=60_000, documents=3, conversations=1, learning_rate=3e-4, tokens_per_step=256)
+SETTINGS = dict(tokens=60_000, documents=3, conversations=1, learning_rate=4e-4, tokens_per_step=256)
 KINDS = ("standard", "book", "web")
 ARMS = {"before": dict(kind=None)} | {kind: dict(kind=kind, **SETTINGS) for kind in KINDS}
 
@@ -46,8 +46,9 @@ def make_parts(seed):
     taught = set(world["taught"][:MACHINES])
     held = [name for name in dict.fromkeys(fact["entity"] for fact in world["facts"]) if name not in world["taught"]]
     parts = dict(read=held[:MACHINES], unread=held[MACHINES : 2 * MACHINES])
-    others = {fact["entity"] for fact in world["facts"]} - set(parts["read"])
-    documents = {kind: about(world["documents"], kind, parts["read"], others) for kind in KINDS}
+    known = {*parts["read"], *taught}
+    others = {fact["entity"] for fact in world["facts"]} - known
+    documents = {kind: about(world["documents"], kind, known, others) for kind in KINDS}
     conversations = [row for row in world["instructions"] if any(name in str(row["messages"]) for name in taught)]
     questions = {part: asked(world, names, seed) for part, names in parts.items()}
     everywhere = {f["id"] for f in world["facts"] if all(states(rows, f) for rows in documents.values())}
