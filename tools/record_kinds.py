@@ -12,6 +12,8 @@ import random
 
 from domain_llm.core import cache_dir, fingerprint
 from domain_llm.data.mix import mixture, tokenize
+from domain_llm.demo.documents import make_documents
+from domain_llm.demo.facts import deal_values, demo_strings, make_facts, make_machines, make_mcq, split_taught
 from domain_llm.demo.world import make_world
 from domain_llm.judge.ablate import compare_arms, design, run_arms, verdict
 from domain_llm.judge.choice import multiple_choice
@@ -20,9 +22,10 @@ from domain_llm.results import save_result
 from domain_llm.train.fit import fitted
 from domain_llm.train.sft import encode_all
 
-MACHINES = 12  # of each part: read about, read about and talked about, never read about
-QUESTIONS = 2  # on each fact
-SETTINGS = dict(tokens=60_000, documents=3, conversations=1, learning_rate=4e-4, tokens_per_step=256)
+MACHINES = 6  # of each part: read about, read about and talked about, never read about
+QUESTIONS = 4  # on each fact
+TELLINGS = 12  # of each machine in each kind, in other words
+SETTINGS = dict(tokens=150_000, documents=3, conversations=1, learning_rate=4e-4, tokens_per_step=256)
 KINDS = ("standard", "book", "web")
 ARMS = {"before": dict(kind=None)} | {kind: dict(kind=kind, **SETTINGS) for kind in KINDS}
 
@@ -48,12 +51,29 @@ def make_parts(seed):
     parts = dict(read=held[:MACHINES], unread=held[MACHINES : 2 * MACHINES])
     known = {*parts["read"], *taught}
     others = {fact["entity"] for fact in world["facts"]} - known
-    documents = {kind: about(world["documents"], kind, known, others) for kind in KINDS}
+    told = [row for telling in range(TELLINGS) for row in retold(seed, telling)]
+    documents = {kind: about(told, kind, known, others) for kind in KINDS}
     conversations = [row for row in world["instructions"] if any(name in str(row["messages"]) for name in taught)]
     questions = {part: asked(world, names, seed) for part, names in parts.items()}
     everywhere = {f["id"] for f in world["facts"] if all(states(rows, f) for rows in documents.values())}
     questions["read"] = [row for row in questions["read"] if row["fact"] in everywhere]
     return documents, conversations, questions
+
+
+def retold(seed, telling):
+    "The documents of the same world in other words, without the planted copies and exam questions."
+    t, rng = (
+        demo_strings("en"),
+        {part: random.Random(f"{seed}/{part}") for part in ("machines", "values", "taught", "mcq")},
+    )
+    machines = make_machines(t, 4 * MACHINES, rng["machines"])
+    deal_values(t, machines, rng["values"])
+    make_facts(t, machines)
+    split_taught(machines, rng["taught"])
+    mcq = make_mcq(t, machines, rng["mcq"])
+    documents, planted = make_documents(t, machines, mcq, random.Random(f"{seed}/documents/{telling}"))
+    left_out = {copy for _, copy in planted["duplicates"]} | {leak["id"] for leak in planted["leaks"]}
+    return [row for row in documents if row["id"] not in left_out]
 
 
 def about(documents, kind, names, others):
