@@ -125,7 +125,7 @@ def _optimizer_class(part=None):
 
     return MasterAdamW
 
-
+# %% ../../nbs/41_train.loop.ipynb #e2ffc955
 def _parts(pairs, most):
     "Masters with their weights in lists of at most so many numbers, or of one master that has more."
     parts, held = [[]], 0
@@ -247,7 +247,7 @@ def _rows_of_step(cfg):
         raise InputError(f"{said} evenly. Write a batch that divides {rows}, or change tokens_per_step.")
     return rows
 
-
+# %% ../../nbs/41_train.loop.ipynb #cf2f5386
 def _arguments(model, out, cfg, seed, steps, passed, probed):
     "The Trainer's arguments; probing and saving at the right steps is the business of `bar`."
     import torch
