@@ -165,8 +165,8 @@ TRAIN_DEFAULTS = dict(
     schedule="cosine",  # then: cosine (falls to 0, re-decay) or constant
     weight_decay=0.0,
     optimizer="adamw",  # or adamw8bit, on a GPU: states of 8 bits
-    rank=64,
-    alpha=64,  # LoRA: rank of the adapter and its scale
+    rank=64,  # of a LoRA adapter
+    alpha=64,  # its scale
     probes=4,  # how often the probes run and a checkpoint is written
     forgetting_budget=0.1,  # general bits per byte may rise by this share at most in the chosen checkpoint
 )
