@@ -93,11 +93,8 @@ def quiet():
     from transformers.utils import logging
 
     python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)  # it mentions a package that is not needed
-    level, bars, maps = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        datasets.are_progress_bars_disabled(),
-    )
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    maps = datasets.are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()

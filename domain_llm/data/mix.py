@@ -184,9 +184,8 @@ def mixture(
 
 # %% ../../nbs/26_data.mix.ipynb #3411c6eb
 _RATIOS = json.loads(read_asset("ratios.json"))
-PUBLISHED = _RATIOS[
-    "published"
-]  # shares of general text: what was trained, on how many tokens, what the share rests on
+# shares of general text: what was trained, on how many tokens, what the share rests on
+PUBLISHED = _RATIOS["published"]
 
 # %% ../../nbs/26_data.mix.ipynb #65277baa
 def recommend_ratio(

@@ -122,7 +122,7 @@ def _smallest(
             return None
     return bisect_left(range(n), True, lo=max(2, n // 2), key=clears)
 
-
+# %% ../../nbs/34_judge.ablate.ipynb #67b11089
 def needed(
     r: dict,  # as from `difference`
     margin: float = 0.0,  # the difference to tell it from
@@ -232,7 +232,7 @@ def _open(c, unit, scale):
         return "; neither more items alone nor more seeds alone would resolve it"
     return f"; a difference of this size would take about {' or '.join(ways)} to be found with 80% probability"
 
-
+# %% ../../nbs/34_judge.ablate.ipynb #fd12daf5
 def sentence(
     c: dict,  # one claim of `verdict`
     unit: str = "points",  # of the difference as it is said

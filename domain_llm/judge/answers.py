@@ -223,7 +223,7 @@ def triple_f1(
         validity=fmean(valid),
     )
 
-
+# %% ../../nbs/36_judge.answers.ipynb #413adcc4
 def _micro_interval(
     sizes,  # triples that are shared, found and wanted, of each item
     groups,  # label of each item

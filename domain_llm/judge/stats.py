@@ -72,7 +72,7 @@ def accuracy_interval(
     across = ratio_interval(correct, groups=groups)
     return max(0.0, min(low, across[0])), min(1.0, max(high, across[1]))
 
-
+# %% ../../nbs/32_judge.stats.ipynb #d6afd7ee
 def said_interval(
     low,  # as from `accuracy_interval` and its like
     high,  # as from `accuracy_interval` and its like
@@ -109,7 +109,7 @@ def _mean_squares(
     left = cells - rows[:, None] - cols + cells.mean()
     return G * rows.var(ddof=1), group, (left**2).sum() / (S - 1) / (G - 1)
 
-
+# %% ../../nbs/32_judge.stats.ipynb #d101da1e
 def standard_error(
     seed,  # mean square of the seeds
     group,  # mean square of the groups

@@ -102,7 +102,7 @@ def _opened(name, path, tokens, output):
     keep.claim(out)
     return what, {**cfg, "output": str(out)}, out
 
-
+# %% ../../nbs/65_run.experiments.ipynb #2348a4d1
 def _bench(what, cfg, out):
     "Prepare what the arms share, and the arms. The folder must be locked."
     for folder in _FOLDERS:
@@ -153,7 +153,7 @@ def _train(arm, out, seed):
             _check_size(made, cfg["mix"])
     return out / name / "model"
 
-
+# %% ../../nbs/65_run.experiments.ipynb #618eb690
 def _check_size(made, mix):
     "Raise InputError when a source ran dry, so that the arm is smaller than the others."
     if mix["tokens"]:
@@ -287,7 +287,7 @@ def ablation(
         _publish(result, out)
     return {**result, "folder": str(out)}
 
-
+# %% ../../nbs/65_run.experiments.ipynb #d9f55936
 def _publish(result, out):
     "Write result.json and the figures, and put them at the root of the experiment."
     import matplotlib.pyplot as plt
@@ -371,7 +371,7 @@ def advise(
     start = _mean(result["before"], "general_bpb")
     return solve(*laws, start, budget, tokens=result["mix"]["tokens"]), laws
 
-
+# %% ../../nbs/65_run.experiments.ipynb #5fe29116
 def _advice(result):
     "What the pilots advise, or why they advise nothing."
     try:

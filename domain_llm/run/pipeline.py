@@ -85,7 +85,7 @@ def _say(found):
         print(_from_here(findings_text(found)), flush=True)
     refuse(found)
 
-
+# %% ../../nbs/64_run.pipeline.ipynb #33a7f2dc
 def _from_here(text):
     "A text with paths below the working directory written from there."
     return text.replace(f"{Path.cwd()}{os.sep}", "")
@@ -215,7 +215,7 @@ def check_run(
         _say_worth(out)
     print("the run can start; what was read and measured is kept for it")
 
-
+# %% ../../nbs/64_run.pipeline.ipynb #9f872ac3
 _SHOWN = 300  # characters of a stretch of the first conversation
 
 

@@ -198,7 +198,7 @@ def memory_parts(
         "Python and PyTorch": PROGRAM,
     }
 
-
+# %% ../../nbs/63_run.plan.ipynb #adfd574f
 def _optimizer_bytes(set_, size, device, trained):
     "Bytes of gradients, of masters and moments, and of the gradients that a step copies to 32 bits."
     full, small = set_["method"] == "full", set_.get("optimizer") == "adamw8bit"

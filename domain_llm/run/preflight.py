@@ -319,7 +319,7 @@ def method_findings(
             found += [error("method", f"{said} Write method: lora.") for said in _no_weights(cfg["model"], stage)]
     return found
 
-
+# %% ../../nbs/62_run.preflight.ipynb #862e02db
 def _no_weights(name, stage):
     "Why a model has no weights that qlora could round, as sentences."
     if name in SMALL_WORLDS:

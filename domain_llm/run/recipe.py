@@ -78,7 +78,7 @@ def _check_together(cfg):
     if said:
         raise InputError(said)
 
-
+# %% ../../nbs/60_run.recipe.ipynb #ec6a3a54
 def _wrong_start(cfg):
     "What is wrong with the models that a recipe starts from, or None."
     chat, from_chat = cfg["chat_model"], cfg["sft"] is not None and cfg["sft"]["start"] == "chat"
@@ -114,7 +114,7 @@ def training_stages(
     answers = has_conversations(cfg)
     return [stage for stage in ("pretrain", "sft") if cfg[stage] and (stage == "pretrain" or answers)]
 
-
+# %% ../../nbs/60_run.recipe.ipynb #3e470bb5
 def model_stages(
     cfg: dict,  # a checked recipe
 ):

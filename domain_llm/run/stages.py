@@ -54,7 +54,7 @@ def exam_of(
         return {role: f"corpus/{role}.jsonl" for role in (*_QUESTIONS, "open_questions")}
     return {role: f"inputs/{role}/rows.jsonl" for role in _QUESTIONS}
 
-
+# %% ../../nbs/61_run.stages.ipynb #3a479dc6
 def stages(
     cfg: dict,  # a recipe with its data in place
 ):

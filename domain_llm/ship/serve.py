@@ -127,10 +127,8 @@ def _settings(host, port, context, slots, keys, origins):
     p = xllamacpp.CommonParams()
     p.hostnames, p.port, p.api_keys = [host], port, list(keys)
     p.cors_origins = origins[0] if origins else ""
-    p.cors_headers, p.cors_credentials = (
-        "Authorization, *",
-        False,
-    )  # for browsers the star does not include Authorization
+    p.cors_headers = "Authorization, *"  # for browsers the star does not include Authorization
+    p.cors_credentials = False
     p.n_ctx, p.n_parallel, p.verbosity, p.warmup = context * slots, slots, -1, False
     p.timeout_read = p.timeout_write = SILENCE
     p.endpoint_slots = True

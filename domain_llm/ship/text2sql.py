@@ -51,7 +51,7 @@ def in_torch(
 
     return write
 
-
+# %% ../../nbs/55_ship.text2sql.ipynb #a523b2c6
 def on_server(
     url: str,  # as from `ship.serve.server`
     samples: int = 4,  # answers drawn at random, beside the greedy one

@@ -209,7 +209,7 @@ def _most_often(given):
     text = f"the system prompt {_quoted(text, 60)}" if text else "an empty system prompt"
     return text if len(given) == 1 else f"{len(given):,} system prompts, most often {text}"
 
-
+# %% ../../nbs/46_train.format.ipynb #65045755
 def system_findings(
     rows: list,  # rows {"messages"}
     tok,  # tokenizer with a chat template

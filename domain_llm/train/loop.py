@@ -125,7 +125,7 @@ def _optimizer_class(part=None):
 
     return MasterAdamW
 
-
+# %% ../../nbs/41_train.loop.ipynb #e2ffc955
 def _parts(pairs, most):
     "Masters with their weights in lists of at most so many numbers, or of one master that has more."
     parts, held = [[]], 0
@@ -165,8 +165,8 @@ TRAIN_DEFAULTS = dict(
     schedule="cosine",  # then: cosine (falls to 0, re-decay) or constant
     weight_decay=0.0,
     optimizer="adamw",  # or adamw8bit, on a GPU: states of 8 bits
-    rank=64,
-    alpha=64,  # LoRA: rank of the adapter and its scale
+    rank=64,  # of a LoRA adapter
+    alpha=64,  # its scale
     probes=4,  # how often the probes run and a checkpoint is written
     forgetting_budget=0.1,  # general bits per byte may rise by this share at most in the chosen checkpoint
 )
@@ -247,7 +247,7 @@ def _rows_of_step(cfg):
         raise InputError(f"{said} evenly. Write a batch that divides {rows}, or change tokens_per_step.")
     return rows
 
-
+# %% ../../nbs/41_train.loop.ipynb #cf2f5386
 def _arguments(model, out, cfg, seed, steps, passed, probed):
     "The Trainer's arguments; probing and saving at the right steps is the business of `bar`."
     import torch

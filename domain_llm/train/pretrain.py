@@ -91,9 +91,9 @@ def make_probe(
 
 # %% ../../nbs/42_train.pretrain.ipynb #6c5f9201
 def _toward(
-    model,
-    start,
-    factor,  # a tuned model, the weights that it started from by name, new share over the present one
+    model,  # a tuned model
+    start,  # the weights that it started from, by name
+    factor,  # new share over the present one
 ):
     "Move the weights along the line from `start`, in place."
     import torch

@@ -236,8 +236,8 @@ SFT_DEFAULTS = dict(
     schedule="cosine",  # then: cosine (falls to 0) or constant
     weight_decay=0.0,
     optimizer="adamw",  # or adamw8bit, on a GPU: states of 8 bits
-    rank=16,
-    alpha=32,  # LoRA: rank of the adapter and its scale
+    rank=16,  # of a LoRA adapter
+    alpha=32,  # its scale
     probes=2,  # how often the probes run and a checkpoint is written
     forgetting_budget=0.1,  # general bits per byte may rise by this share at most in the chosen checkpoint
 )

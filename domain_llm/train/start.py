@@ -47,7 +47,7 @@ def check_pair(
             other = f"number {ids[token]}" if token in ids else "missing"
             raise InputError(f"{names}: the token {token!r} is number {i} in one and {other} in the other. {_ADVICE}")
 
-
+# %% ../../nbs/47_train.start.ipynb #bdda39a3
 _ADVICE = "Name the two models that their makers published together, such as Qwen/Qwen3-0.6B-Base and Qwen/Qwen3-0.6B."
 
 
@@ -95,7 +95,7 @@ def _places(folder, tied):
         found.pop("lm_head.weight", None)
     return {name: path for name, path in found.items() if not name.endswith(_COMPUTED)}
 
-
+# %% ../../nbs/47_train.start.ipynb #cd1c3a9e
 def _shape(path, name):
     "The shape of a tensor in a file, which is not read."
     from safetensors import safe_open
@@ -287,7 +287,7 @@ _MEASURE = (
     "(domain-llm ablate start --recipe RECIPE, with a recipe that names model and chat_model)."
 )
 
-
+# %% ../../nbs/47_train.start.ipynb #40e128d7
 def _fitting(parameters, memory, gpus, needs=None):
     "The largest method that a device holds, None where that is not known; and the reasons."
     said = []
