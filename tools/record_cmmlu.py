@@ -2,8 +2,9 @@
 
     python tools/record_cmmlu.py PATH/TO/CMMLU [--each 40] [--subjects nutrition computer_security]
 
-The folder holds SUBJECT_test.csv of https://github.com/haonan-li/CMMLU (CC BY-NC-SA 4.0). Of each subject so many
-questions are drawn. The record says which question was answered how, and holds no text of the questions.
+The folder is data/test of https://github.com/haonan-li/CMMLU (CC BY-NC-SA 4.0), with SUBJECT.csv or SUBJECT_test.csv;
+files that end in _dev.csv are left out. So many questions of each subject are drawn. The record says which question was
+answered how, and holds no text of the questions.
 """
 
 import argparse
@@ -31,15 +32,18 @@ def told_from_chance(questions):
     return next(p / 100 for p in range(25, 101) if binom.sf(enough - 1, questions, p / 100) >= POWER)
 
 
-def drawn(folder, subjects, each):
+def subset(folder, subjects, each):
     "Question rows, so many of each subject; a row's group is the subject and the number of the question in its file."
-    paths = [folder / f"{name}_test.csv" for name in subjects] if subjects else sorted(folder.glob("*_test.csv"))
-    if not paths:
-        raise InputError(f"{folder} holds no SUBJECT_test.csv. Get CMMLU's files and name their folder.")
+    files = {path.stem.removesuffix("_test"): path for path in sorted(folder.glob("*.csv"))}
+    files = {name: path for name, path in files.items() if not name.endswith("_dev")}
+    missing = [name for name in subjects if name not in files]
+    if not files or missing:
+        raise InputError(f"{folder} holds no {', '.join(missing) or 'SUBJECT.csv'}. Name the folder of CMMLU's files.")
     rows = []
-    for path in paths:
-        found = read_questions(path, skip_faulty=True)
-        rows += random.Random(path.stem).sample(found, min(each, len(found)))
+    for name in subjects or files:
+        found = read_questions(files[name], skip_faulty=True)
+        drawn = random.Random(name).sample(found, min(each, len(found)))
+        rows += [dict(row, group=f"{name}:{row['group'].rpartition(':')[2]}") for row in drawn]
     return rows
 
 
@@ -56,7 +60,7 @@ def main():
     parser.add_argument("--each", type=int, default=40)
     parser.add_argument("--subjects", nargs="+", default=[])
     given, started = parser.parse_args(), time.time()
-    rows = drawn(given.folder, given.subjects, given.each)
+    rows = subset(given.folder, given.subjects, given.each)
     model, tok = load()
     cloze = multiple_choice(model, tok, rows, norm="bytes", template=CLOZE)
     letters = multiple_choice(model, tok, rows, style="letter", template=LETTER)

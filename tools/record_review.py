@@ -1,172 +1,100 @@
-"""Record a review of real models in nbs/results/review_models.json: base, tuned and quantized.
+"""Record how far the statistics of a review keep their word, in nbs/results/review.json.
 
-    python tools/record_review.py [--folder runs/review_models]
+    python tools/record_review.py [--simulations 1000]
 
-The base is the demo model, the tuned one a run of its own on the demo's instructions, the quantized one that run's Q4_0
-file. They answer the demo's open questions greedily, and every pair of answers is judged by the rule that knows the
-demo's facts, by the base model itself as a judge (its Q8_0 file behind llama.cpp's server), and by three simulated
-reviewers. Nobody is asked. Run, answers and replies are kept in the folder as they come, so that calling it again
-resumes.
+Simulated reviewers of known skill and bias judge simulated models, so the true win rates can be computed. Recorded are
+the coverage of the 95% intervals, the computed power beside the share of the reviews that resolved a difference, how
+often the true order came out, and what happens where reviewers have tastes of their own.
 """
 
 import argparse
 import math
 import time
-from collections import Counter
-from pathlib import Path
 from statistics import fmean
 
-import yaml
+import numpy as np
 
-from domain_llm.demo.world import make_world
-from domain_llm.judge.answers import value_in_answer
-from domain_llm.judge.packet import CALIBRATION, build_packet, said_size
-from domain_llm.judge.review import questions_needed, review_power, win_rates
-from domain_llm.judge.reviewers import simulate_marks
-from domain_llm.judge.stats import ratio_interval
-from domain_llm.models import DEMO_MODEL
+from domain_llm.judge.review import bradley_terry, choose, points, review_power, win_rates
+from domain_llm.judge.reviewers import simulate_review, true_rate
 from domain_llm.results import save_result
-from domain_llm.run.pipeline import run_recipe
-from domain_llm.run.review_result import reviewed
-from domain_llm.run.review_start import answers_of
-from domain_llm.ship.gguf import export_gguf
-from domain_llm.ship.llm_judge import beside_people, judge_items, judge_marks
-from domain_llm.ship.serve import gguf_of, server
 
-PREFERENCE = 0.6  # win rate that the review must tell from one half
-PEOPLE = dict(R1=dict(sharp=1.5), R2=dict(sharp=1.5, left=1.0), R3=dict(careless=0.2))  # simulated
-SIZE = dict(reviewers=len(PEOPLE), comparisons=3)  # three pairs of models share the 5%
-OPEN = 5  # open questions on a machine of the demo
-SHARP = 3.0  # quality, in log odds, of an answer that states all that was asked
-ANSWER, REPLY = 48, 16  # longest answer and longest reply of the judge, in tokens
-PORT = 8391  # a fixed one: replies are kept under the judge's address
-SEED = 0
+PLAIN = dict(R1={}, R2={})
+BIASED = dict(R1=dict(sharp=1.5, left=0.5), R2=dict(careless=0.2, tie=0.8))
+THREE = BIASED | dict(R3=dict(left=-0.8))
+SETTINGS = [
+    ("no difference, 120 questions", 0.0, 120, PLAIN),
+    ("60% preference, 120 questions", 0.6, 120, PLAIN),
+    ("biased reviewers, 40 questions", 0.6, 40, BIASED),
+    ("biased reviewers, 120 questions", 0.6, 120, BIASED),
+    ("large lead, 120 questions", 2.0, 120, BIASED),
+    ("large lead, three reviewers, 30 questions", 2.0, 30, THREE),
+]
 
 
-def size():
-    "How many questions a preference takes, and how many machines have so many, those of the calibration on top."
-    questions = questions_needed(PREFERENCE, **SIZE)
-    machines = math.ceil((questions + CALIBRATION) / OPEN)
-    power = {name: review_power(n, rate=PREFERENCE, **SIZE) for name, n in dict(q=questions, m=machines).items()}
-    return dict(preference=PREFERENCE, **SIZE, questions=questions, machines=machines, power=power)
+def measured_size(lead, reviewers, seed):
+    "The share of ties, and the correlation of the first two reviewers' marks, in 20,000 simulated questions."
+    rows = simulate_review(dict(x=lead, y=0.0), 20_000, reviewers, seed=seed)
+    worth = [[points(row, "x") for row in rows if row["reviewer"] == name] for name in ("R1", "R2")]
+    return fmean(row["mark"] == "tie" for row in rows), float(np.corrcoef(worth)[0, 1])
 
 
-def recipe(machines):
-    "The run of the tuned model: full fine-tuning on the conversations about half of the machines."
-    sft = dict(method="full", learning_rate=6e-4, tokens_per_step=256, length=256, epochs=2, probes=1)
-    return dict(
-        name="review-models",
-        demo=machines,
-        seed=SEED,
-        mix=dict(parts=dict(domain=1)),
-        pretrain=False,
-        sft=sft | dict(forgetting_budget=1),
-        evaluate=dict(questions=60, probe_tokens=1000),
-        quantize=dict(types=["q4_0"]),
-    )
+def interval_of_x(lead, questions, reviewers, seed):
+    "The interval of the win rate of x against y in one simulated review."
+    (r,) = win_rates(simulate_review(dict(x=lead, y=0.0), questions, reviewers, seed=seed))
+    return (r["low"], r["high"]) if r["a"] == "x" else (1 - r["high"], 1 - r["low"])
 
 
-def tuned(folder, machines):
-    "The folder of the finished run."
-    path, out = folder / "tuned.yaml", folder / "tuned"
-    path.write_text(yaml.safe_dump(recipe(machines), sort_keys=False), encoding="utf-8")
-    run_recipe(path, out)
-    return out
+def simulated_rates(name, lead, questions, reviewers, simulations):
+    "Coverage, resolved share and computed power of one setting."
+    truth = true_rate(lead, reviewers)
+    ends = [interval_of_x(lead, questions, reviewers, seed) for seed in range(simulations)]
+    coverage = fmean(low <= truth <= high for low, high in ends)
+    resolved = fmean(low > 0.5 or high < 0.5 for low, high in ends)
+    ties, correlation = measured_size(lead, reviewers, simulations)
+    power = review_power(questions, len(reviewers), truth, ties, correlation)
+    size = dict(truth=truth, questions=questions, reviewers=len(reviewers), ties=ties, correlation=correlation)
+    return dict(name=name, **size, coverage=coverage, resolved=resolved, power=power)
 
 
-def shares(questions, facts, answers):
-    "What share of the values that a question asks for each answer states."
-    values = {}
-    for fact in facts:
-        values.setdefault(fact["entity"], []).append(fact["value"])
-    found = []
-    for row, answer in zip(questions, answers):
-        asked = [value for value in values[row["group"]] if value in row["reference"]]
-        found.append(value_in_answer([answer] * len(asked), asked)["mean"])
-    return found
+def simulated_order(skills, questions, reviewers, simulations):
+    "Coverage of strengths and differences, and how often order and best model are the true ones."
+    names = list(skills)
+    rates = [[true_rate(skills[a] - skills[b], reviewers) if a != b else 0.0 for b in names] for a in names]
+    truth = dict(zip(names, bradley_terry(1e7 * np.array(rates))))
+    level, change, order, best, kept = [], [], [], [], []
+    for seed in range(simulations):
+        found = choose(simulate_review(skills, questions, reviewers, seed=seed), resamples=200, seed=seed)
+        level += [r["low"] <= truth[name] <= r["high"] for name, r in found["models"].items()]
+        change += [r["low"] <= truth[r["a"]] - truth[r["b"]] <= r["high"] for r in found["pairs"]]
+        order.append(sorted(names, key=lambda name: found["models"][name]["strength"]) == names)
+        best.append(found["best"] == names[-1])
+        kept.append(best[-1] or names[-1] in found["tied"])
+    shares = dict(strengths=level, differences=change, order=order, best=best, best_or_tied=kept)
+    return dict(skills=skills, questions=questions, **{key: fmean(found) for key, found in shares.items()})
 
 
-def ruled(key, share):
-    "The marks of the rule: of two answers the one that states more of what was asked is better."
-    rows = [row for row in key["items"] if row["reviewer"] == "R1" and row["role"] == "compare"]
-    rows += [dict(row, item=f"same {i}") for i, row in enumerate(key["same"])]
-    marks = []
-    for row in rows:
-        left, right = (share[row[side]][int(row["question"][1:])] for side in ("left", "right"))
-        equal = "tie" if left else "both bad"
-        mark = "left" if left > right else "right" if right > left else equal
-        marks.append(dict(row, reviewer="rule", mark=mark))
-    return marks
-
-
-def simulated(key, share):
-    "The review of the simulated reviewers, who see the quality that the rule computes."
-    quality = {name: {f"q{i}": SHARP * value for i, value in enumerate(mine)} for name, mine in share.items()}
-    shown = {row["question"] for row in key["items"]}
-    quality |= dict(good=dict.fromkeys(shown, SHARP), bad=dict.fromkeys(shown, 0.0))
-    return reviewed(simulate_marks(key["items"], quality, PEOPLE, SEED), key)
-
-
-def judged(folder, packet, key):
-    "The marks of the local model as a judge, and the number of replies without a mark."
-    file = export_gguf(DEMO_MODEL, folder / "judge", "q8_0")["q8_0"]
-    with server(file, port=PORT) as url:
-        return judge_marks(judge_items(packet, key), url, folder / "replies.jsonl", max_tokens=REPLY)
-
-
-def by_part(questions, share):
-    "The mean share of each model on taught and held-out machines, with 95% intervals over machines."
-    found = {}
-    for name, values in share.items():
-        for part in ("taught", "held-out"):
-            mine = [(value, row["group"]) for value, row in zip(values, questions) if row["part"] == part]
-            scores, groups = zip(*mine)
-            low, high = ratio_interval(scores, groups=groups)
-            found.setdefault(name, {})[part] = dict(mean=fmean(scores), low=low, high=high, n=len(scores))
-    return found
-
-
-def record(folder, planned, questions, facts, answers):
-    "What is recorded of the review."
-    packet, key = build_packet(questions, answers, reviewers=len(PEOPLE), seed=SEED)
-    share = {name: shares(questions, facts, texts) for name, texts in answers.items()}
-    rule, (model, unclear) = ruled(key, share), judged(folder, packet, key)
-    examples = [i for i, row in enumerate(questions) if row["part"] == "taught"][:4]
-    people = simulated(key, share)
-    kept = ("reviewers", "calibration", "failed", "rates", "agreement", "self_agreement", "position", "rule")
-    compared = [row for row in rule if not row["item"].startswith("same")]
-    return dict(
-        planned=planned,
-        people=PEOPLE,
-        said=said_size(key),
-        equal=len(key["same"]),
-        share=share,
-        groups=[row["group"] for row in questions],
-        parts=by_part(questions, share),
-        examples=[dict(questions[i], **{name: texts[i] for name, texts in answers.items()}) for i in examples],
-        rule=dict(rates=win_rates(rule), marks=Counter(row["mark"] for row in rule)),
-        simulated={name: people[name] for name in kept},
-        judge=dict(
-            rates=win_rates(model),
-            marks=Counter(row["mark"] for row in model),
-            unclear=unclear,
-            beside_rule=beside_people(compared, model),
-        ),
-    )
+def simulated_taste(reviewers, simulations, taste=0.5, lead=0.6, questions=120):
+    "Coverage of the mean over all reviewers there could be, where each review draws its reviewers' tastes."
+    draws = np.random.default_rng(0).normal(0, taste, (simulations, reviewers))
+    truth, inside = true_rate(lead, PLAIN, math.hypot(1, taste / math.sqrt(2))), []
+    for seed, mine in enumerate(draws):
+        people = {f"R{i}": dict(taste=dict(x=float(t))) for i, t in enumerate(mine)}
+        low, high = interval_of_x(lead, questions, people, seed)
+        inside.append(low <= truth <= high)
+    return dict(reviewers=reviewers, taste=taste, coverage=fmean(inside))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/review_models"))
-    folder, started = parser.parse_args().folder, time.time()
-    folder.mkdir(parents=True, exist_ok=True)
-    planned = size()
-    run = tuned(folder, planned["machines"])
-    world = make_world(seed=SEED, entities=planned["machines"])
-    sources = dict(base=DEMO_MODEL, tuned=str(run), quantized=str(gguf_of(run)))
-    answers = {name: answers_of(source, world["open"], folder, ANSWER) for name, source in sources.items()}
-    found = record(folder, planned, world["open"], world["facts"], answers)
-    print(save_result("review_models", found, started))
+    parser.add_argument("--simulations", type=int, default=1000)
+    many, started = parser.parse_args().simulations, time.time()
+    found = dict(
+        simulations=many,
+        rates=[simulated_rates(*setting, many) for setting in SETTINGS],
+        order=simulated_order(dict(a=0.0, b=0.5, c=1.2), 60, BIASED, many),
+        taste=[simulated_taste(n, many) for n in (2, 10)],
+    )
+    print(save_result("review", found, started))
 
 
 if __name__ == "__main__":
