@@ -38,7 +38,7 @@ PEOPLE = dict(R1=dict(sharp=1.5), R2=dict(sharp=1.5, left=1.0), R3=dict(careless
 SIZE = dict(reviewers=len(PEOPLE), comparisons=3)  # three pairs of models share the 5%
 OPEN = 5  # open questions on a machine of the demo
 SHARP = 3.0  # quality, in log odds, of an answer that states all that was asked
-ANSWER, REPLY = 48, 16  # longest answer and longest reply of the judge, in tokens
+ANSWER, REPLY = 48, 8  # longest answer and longest reply of the judge, in tokens
 PORT = 8391  # a fixed one: replies are kept under the judge's address
 SEED = 0
 
