@@ -1,16 +1,17 @@
 """Record a review of real models in nbs/results/review_models.json: base, tuned and quantized.
 
-    python tools/record_review_models.py [--folder runs/review_models]
+    python tools/record_review_models.py [--folder runs/review_models] [--judged 138]
 
 The base is the demo model, the tuned one a run of its own on the demo's instructions, the quantized one that run's Q4_0
 file. They answer the demo's open questions greedily, and every pair of answers is judged by the rule that knows the
 demo's facts, by the base model itself as a judge (its Q8_0 file behind llama.cpp's server), and by three simulated
-reviewers. Nobody is asked. Run, answers and replies are kept in the folder as they come, so that calling it again
-resumes.
+reviewers. Nobody is asked. With --judged N the model judges the pairs of N drawn questions only. Run, answers and
+replies are kept in the folder as they come, so that calling it again resumes.
 """
 
 import argparse
 import math
+import random
 import time
 from collections import Counter
 from pathlib import Path
@@ -107,11 +108,16 @@ def simulated(key, share):
     return reviewed(simulate_marks(key["items"], quality, PEOPLE, SEED), key)
 
 
-def judged(folder, packet, key):
-    "The marks of the local model as a judge, and the number of replies without a mark."
+def judged(folder, packet, key, questions):
+    "The marks of the local model as a judge on so many drawn questions, and the number of replies without a mark."
+    rows = judge_items(packet, key)
+    names = sorted({row["question"] for row in rows})
+    random.Random(SEED).shuffle(names)
+    mine = set(names[:questions])
     file = export_gguf(DEMO_MODEL, folder / "judge", "q8_0")["q8_0"]
     with server(file, port=PORT) as url:
-        return judge_marks(judge_items(packet, key), url, folder / "replies.jsonl", max_tokens=REPLY)
+        asked = [row for row in rows if row["question"] in mine]
+        return judge_marks(asked, url, folder / "replies.jsonl", max_tokens=REPLY)
 
 
 def by_part(questions, share):
@@ -126,11 +132,11 @@ def by_part(questions, share):
     return found
 
 
-def record(folder, planned, questions, facts, answers):
+def record(folder, planned, questions, facts, answers, asked):
     "What is recorded of the review."
     packet, key = build_packet(questions, answers, reviewers=len(PEOPLE), seed=SEED)
     share = {name: shares(questions, facts, texts) for name, texts in answers.items()}
-    rule, (model, unclear) = ruled(key, share), judged(folder, packet, key)
+    rule, (model, unclear) = ruled(key, share), judged(folder, packet, key, asked)
     examples = [i for i, row in enumerate(questions) if row["part"] == "taught"][:4]
     people = simulated(key, share)
     kept = ("reviewers", "calibration", "failed", "rates", "agreement", "self_agreement", "position", "rule")
@@ -150,6 +156,7 @@ def record(folder, planned, questions, facts, answers):
             rates=win_rates(model),
             marks=Counter(row["mark"] for row in model),
             unclear=unclear,
+            questions=len({row["question"] for row in model}),
             beside_rule=beside_people(compared, model),
         ),
     )
@@ -158,14 +165,16 @@ def record(folder, planned, questions, facts, answers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/review_models"))
-    folder, started = parser.parse_args().folder, time.time()
+    parser.add_argument("--judged", type=int, help="questions on which the model judges; all when not given")
+    given, started = parser.parse_args(), time.time()
+    folder = given.folder
     folder.mkdir(parents=True, exist_ok=True)
     planned = size()
     run = tuned(folder, planned["machines"])
     world = make_world(seed=SEED, entities=planned["machines"])
     sources = dict(base=DEMO_MODEL, tuned=str(run), quantized=str(gguf_of(run)))
     answers = {name: answers_of(source, world["open"], folder, ANSWER) for name, source in sources.items()}
-    found = record(folder, planned, world["open"], world["facts"], answers)
+    found = record(folder, planned, world["open"], world["facts"], answers, given.judged)
     print(save_result("review_models", found, started))
 
 
