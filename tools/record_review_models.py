@@ -15,16 +15,14 @@ import random
 import time
 from collections import Counter
 from pathlib import Path
-from statistics import fmean
 
 import yaml
 
 from domain_llm.demo.world import make_world
-from domain_llm.judge.answers import value_in_answer
+from domain_llm.judge.answers import value_in_answer, with_interval
 from domain_llm.judge.packet import CALIBRATION, build_packet, said_size
 from domain_llm.judge.review import questions_needed, review_power, win_rates
 from domain_llm.judge.reviewers import simulate_marks
-from domain_llm.judge.stats import ratio_interval
 from domain_llm.models import DEMO_MODEL
 from domain_llm.results import save_result
 from domain_llm.run.pipeline import run_recipe
@@ -39,7 +37,7 @@ PEOPLE = dict(R1=dict(sharp=1.5), R2=dict(sharp=1.5, left=1.0), R3=dict(careless
 SIZE = dict(reviewers=len(PEOPLE), comparisons=3)  # three pairs of models share the 5%
 OPEN = 5  # open questions on a machine of the demo
 SHARP = 3.0  # quality, in log odds, of an answer that states all that was asked
-ANSWER, REPLY = 48, 8  # longest answer and longest reply of the judge, in tokens
+ANSWER, REPLY = 48, 24  # longest answer and longest reply of the judge, in tokens
 PORT = 8391  # a fixed one: replies are kept under the judge's address
 SEED = 0
 
@@ -126,9 +124,8 @@ def by_part(questions, share):
     for name, values in share.items():
         for part in ("taught", "held-out"):
             mine = [(value, row["group"]) for value, row in zip(values, questions) if row["part"] == part]
-            scores, groups = zip(*mine)
-            low, high = ratio_interval(scores, groups=groups)
-            found.setdefault(name, {})[part] = dict(mean=fmean(scores), low=low, high=high, n=len(scores))
+            told = with_interval(*zip(*mine))
+            found.setdefault(name, {})[part] = {key: told[key] for key in ("mean", "low", "high", "n")}
     return found
 
 
@@ -153,10 +150,10 @@ def record(folder, planned, questions, facts, answers, asked):
         rule=dict(rates=win_rates(rule), marks=Counter(row["mark"] for row in rule)),
         simulated={name: people[name] for name in kept},
         judge=dict(
-            rates=win_rates(model),
+            rates=win_rates(model) if model else [],
             marks=Counter(row["mark"] for row in model),
             unclear=unclear,
-            questions=len({row["question"] for row in model}),
+            asked=asked or len({row["question"] for row in compared}),
             beside_rule=beside_people(compared, model),
         ),
     )
