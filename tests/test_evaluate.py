@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import record_cmmlu
 import torch
 
 from domain_llm.core import InputError
@@ -735,6 +736,48 @@ def test_cmmlu_csv(tmp_path):
     path.write_text(",Question,A,B,C,D,Answer\n0,q,1,2,3,4,F\n")
     with pytest.raises(InputError, match="'F'"):
         read_questions(path)
+
+
+OWN_CMMLU = """,Question,A,B,C,D,Answer
+0,中国的首都是,上海,北京,广州,深圳,B
+1,一年有多少个月,十个月,十一个月,十二个月,十三个月,C
+2,“大”的反义词是,小,高,多,长,A
+"""
+
+
+def test_a_chinese_exam_with_permuted_options(model, tok, tmp_path):
+    path = tmp_path / "own_test.csv"
+    path.write_text(OWN_CMMLU, encoding="utf-8")
+    rows = read_questions(path)
+    how = dict(norm="bytes", template="问题：{question}\n答案：")
+    own, other = (multiple_choice(model, tok, asked, **how) for asked in (rows, permute(rows, seed=3)))
+    texts = [
+        [q["choices"][pick] for q, pick in zip(asked, found["picks"])]
+        for asked, found in ((rows, own), (permute(rows, seed=3), other))
+    ]
+    assert texts[0] == texts[1] and own["correct"] == other["correct"]  # no option sees another
+    assert own["chance"] == 0.25 and own["groups"] == ["own_test:1", "own_test:2", "own_test:3"]
+    turned = circular(model, tok, rows, template="问题：{question}\n{choices}\n答案：")
+    assert turned["chance"] == 0.25**4 and [p["right"] for p in turned["positions"]] == [0.25] * 4
+
+
+def test_the_subset_of_cmmlu_that_is_recorded(tmp_path):
+    from statsmodels.stats.proportion import proportion_confint
+
+    (tmp_path / "own_test.csv").write_text(OWN_CMMLU, encoding="utf-8")
+    (tmp_path / "other.csv").write_text(OWN_CMMLU, encoding="utf-8")
+    (tmp_path / "own_dev.csv").write_text("no questions", encoding="utf-8")
+    rows = record_cmmlu.subset(tmp_path, [], 2)
+    assert len(rows) == 4 and {row["group"].partition(":")[0] for row in rows} == {"own", "other"}
+    assert rows == record_cmmlu.subset(tmp_path, [], 2)
+    with pytest.raises(InputError, match="holds no law"):
+        record_cmmlu.subset(tmp_path, ["law"], 2)
+    least, draws = record_cmmlu.told_from_chance(200), np.random.default_rng(0)
+    above = [
+        np.mean([proportion_confint(k, 200, method="wilson")[0] > 0.25 for k in draws.binomial(200, p, 4000)])
+        for p in (least - 0.01, least)
+    ]
+    assert above[0] < 0.81 and above[1] > 0.79
 
 
 @pytest.mark.parametrize(

@@ -323,3 +323,18 @@ def test_chapter_ends_with_summary_and_exercises(path):
     parts = re.split(r"^## Exercises", text, flags=re.M)
     assert len(parts) == 2, "one part '## Exercises'"
     assert parts[1].count("<details") >= 3, "fewer than three exercises with a solution in <details>"
+
+
+COURSE = sorted((ROOT / "nbs").glob("[0-6]*.ipynb"))
+
+
+@pytest.mark.parametrize("path", COURSE, ids=lambda p: p.stem)
+def test_chapter_says_what_it_costs_and_grades_its_exercises(path):
+    "The time of a run near the beginning; each exercise is easy, real or open, and they are counted from 1."
+    text = "\n\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+    cost = re.search(r"^\*\*Cost to run:\*\*.*", text, re.M)
+    assert cost and re.search(r"second|minute", cost[0]), "no '**Cost to run:** about N seconds ...'"
+    exercises = re.sub(r"<details>.*?</details>", "", text.split("## Exercises")[1], flags=re.S)
+    graded = re.findall(r"^\*\*(\d+)\. (?:Easy|Real|Open)\.\*\* ", exercises, re.M)
+    assert [int(number) for number in graded] == [*range(1, len(graded) + 1)] and len(graded) >= 3
+    assert not re.search(r"^\d+\. |^\*\*\d+\.\*\*", exercises, re.M), "an exercise without '**1. Easy.**' or so"

@@ -438,7 +438,16 @@ def test_replies_without_a_mark_are_counted_and_errors_are_said(tmp_path, endpoi
 
 
 @pytest.mark.parametrize(
-    "text, said", [("Answer A is right, so B is wrong: A", "left"), ("ABBA", None), ("B。", "right")]
+    "text, said",
+    [
+        ("Answer A is right, so B is wrong: A", "left"),
+        ("ABBA", None),
+        ("B。", "right"),
+        ("b", "right"),
+        ("Both answers describe a valve.", None),  # the article is no mark
+        ("B, since it names a pressure.", "right"),
+        ("回答A好，a valve", "left"),
+    ],
 )
 def test_the_last_word_of_a_reply_counts(text, said):
     assert read_reply(text) == said

@@ -114,7 +114,7 @@ def review_power(
         return 1.0
     return float(nct.sf(bar, questions - 1, off) + nct.cdf(-bar, questions - 1, off))
 
-
+# %% ../../nbs/37_judge.review.ipynb #c7d24e11
 def questions_needed(
     rate: float = 0.6,  # as in `review_power`
     power: float = 0.8,  # chance to tell it from one half
@@ -183,7 +183,7 @@ def _check_connected(won, models):
             "common scale. Compare them, or judge each set on its own."
         )
 
-
+# %% ../../nbs/37_judge.review.ipynb #d8e35f22
 _BLOCKS = 50  # fits in one call of evalica: sets of models that never meet do not disturb each other
 
 
@@ -230,7 +230,7 @@ def _differences(models, s, draws, G):
         row["p"] = float(p)
     return rows
 
-
+# %% ../../nbs/37_judge.review.ipynb #e9f46a33
 def strengths(
     marks,  # as in `checked_marks`
     resamples: int = 1000,  # of the bootstrap over groups

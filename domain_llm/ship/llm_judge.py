@@ -39,10 +39,14 @@ _REPEATED = re.compile(r"A, B, TIE(?: \(equally good\))?(?: or BAD(?: \(both bad
 def read_reply(
     text: str,  # what the judge wrote
 ):
-    "The mark in a reply: its last word A, B, TIE or BAD; None where there is none but the list that was asked with."
-    said = _REPEATED.sub("", text).upper()
-    found = re.findall(r"(?<![A-Za-z])(A|B|TIE|BAD)(?![A-Za-z])", said)
-    return _WORDS[found[-1]] if found else None
+    """The mark in a reply: its last word A, B, TIE or BAD; None where there is none but the list that was asked with.
+
+    A small letter counts only where it is the whole reply: in a sentence it is an article."""
+    said = _REPEATED.sub("", text)
+    if re.fullmatch(r"\W*[ab]\W*", said):
+        said = said.upper()
+    found = re.findall(r"(?<![A-Za-z])(A|B|(?i:TIE|BAD))(?![A-Za-z])", said)
+    return _WORDS[found[-1].upper()] if found else None
 
 # %% ../../nbs/95_ship.llm_judge.ipynb #79ad08ff
 def _asked(url, model, key, max_tokens, question, left, right):
