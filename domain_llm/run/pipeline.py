@@ -18,6 +18,7 @@ from ..ranks import follow, join, leading, rank, share
 from . import keep
 from .findings import findings_text, refuse
 from .inputs import ROLES, demo_data, read_inputs
+from .peak import peak_findings
 from .preflight import mined_findings, pieces_findings, preflight_of, shown_conversation, worth
 from .recipe import into_folder, read_recipe
 from .stages import REPORTS, identities, marks, only, stages
@@ -177,6 +178,8 @@ def _run_stages(cfg, out):
         new, metrics = run_stage(cfg, out, name, stage, models)
         said = f"{time.time() - start:.0f} s{_shown(metrics)}" if new else "unchanged, skipped"
         print(f"      {said}", flush=True)
+        if new:
+            _say(peak_findings(name, metrics))
         if name == "corpus":
             _say_mined(cfg, out)
         if name == "baseline":
