@@ -57,7 +57,7 @@ def test_a_stated_method_is_never_changed(tmp_path, monkeypatch):
     assert (found["pretrain"]["method"], found["sft"]["method"]) == ("full", "qlora")
     (said,) = (note["said"] for note in method_notes(found))
     assert "sft states no method and takes qlora" in said and "sft: {method: NAME}" in said
-    off = with_methods(recipe(model=SEVEN, pretrain=False, sft=False), tmp_path)
+    off = with_methods(recipe(model=SEVEN, pretrain=False, sft=dict(method="full")), tmp_path)
     assert off["pretrain"] is None and off["method_open"] == {}
 
 
