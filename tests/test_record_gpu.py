@@ -44,20 +44,18 @@ def test_the_steps_cover_the_course_and_leave_the_method_to_the_model(tmp_path):
 
 
 def test_the_whole_way_on_a_small_model_leaves_one_file(tmp_path, monkeypatch):
-    "The plan and a short training are done; the long commands stand still."
+    "A short training is done; the long commands stand still."
     steps = record_gpu.steps
 
     def short(model, size, folder):
         found = steps(model, size, folder)
-        kept = ("plan", "memory-lora-64")
-        return {name: step if name in kept else (command("print()"), None) for name, step in found.items()}
+        return {name: step if name == "memory-lora-64" else (command(""), None) for name, step in found.items()}
 
     monkeypatch.setattr(record_gpu, "steps", short)
     record_gpu.main(["--dry", "--out", str(tmp_path / "gpu.json")])
     found = read_json(tmp_path / "gpu.json")
     assert found["dry"] and found["provenance"]["machine"]["cores"] and "commit" in found["provenance"]
     assert not [name for name, step in found["steps"].items() if "failed" in step]
-    assert found["steps"]["plan"]["result"]["choice"]
     made = found["steps"]["memory-lora-64"]["result"]
     assert made["settings"]["method"] == "lora" and made["tokens_per_second"] > 0
     assert made["estimate_gb"] == pytest.approx(0.55, abs=0.1) and made["peak_gb"] > 0.4
