@@ -211,10 +211,10 @@ def test_checkpointing_is_on_where_nine_tenths_of_the_memory_do_not_suffice():
 def test_a_stage_decides_by_the_memory_of_its_device(small_folder, monkeypatch, free, on):
     model = load(str(small_folder))[0]
     monkeypatch.setattr(training, "this_device", lambda: dict(kind="cpu", half=4, free=free))
-    assert training._checkpoints(TRAIN_DEFAULTS, model, False) is on
+    assert training._checkpoints(TRAIN_DEFAULTS, model) is on
     model.supports_gradient_checkpointing = False
-    assert training._checkpoints(TRAIN_DEFAULTS, model, False) is False
-    assert training._checkpoints({**TRAIN_DEFAULTS, "gradient_checkpointing": True}, model, True) is True
+    assert training._checkpoints(TRAIN_DEFAULTS, model) is False
+    assert training._checkpoints({**TRAIN_DEFAULTS, "gradient_checkpointing": True}, model) is True
 
 
 def test_a_result_does_not_depend_on_checkpointing_and_older_results_stand():

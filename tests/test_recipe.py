@@ -156,6 +156,17 @@ def test_report_opens_without_a_network(whole):
     assert "domain-llm chat" in page and "95% interval" in page
 
 
+def test_measured_peaks_stand_beside_their_estimates_and_the_run_and_the_report_say_the_same(whole):
+    out, page, said = whole[1], (whole[1] / "report.html").read_text(), " ".join(whole[3].split())
+    for stage in ("pretrain", "sft"):
+        made = read_json(out / stage / "manifest.json")
+        memory = made["metrics"]["memory"]
+        assert 0.5 < memory["peak_gb"] <= made["peak_memory_gb"] * 2**30 / 1e9 + 0.01
+        off = abs(memory["peak_gb"] / memory["estimate_gb"] - 1) > 0.1
+        sentence = f"held {memory['peak_gb']:.2f} GB at its peak, and the estimate was {memory['estimate_gb']:.2f} GB"
+        assert (f"{stage} {sentence}" in said) == (f"{stage.title()} {sentence}" in page) == off
+
+
 def test_the_report_shows_the_first_conversation_with_its_losses(whole):
     out, page = whole[1], (whole[1] / "report.html").read_text()
     drawn = page.partition("<h2>What fine-tuning trains</h2>")[2].partition("</svg>")[0]

@@ -17,6 +17,7 @@ import time
 from itertools import product
 from pathlib import Path
 from typing import get_args
+from unittest.mock import patch
 
 from domain_llm.devices import peak_memory_gb, reset_peak_memory
 from domain_llm.results import save_result
@@ -61,30 +62,50 @@ def model_of(name, method):
         return load_for("qlora", folder)[0]
 
 
-def measure(row):
-    "Peak and prediction of one row in GB, and what the program holds without a model; printed as JSON."
+def settings_of(given):
+    "The settings of a training whose steps are one pass each."
+    set_ = {**TRAIN_DEFAULTS, **given, "probes": 1}
+    return {**set_, "tokens_per_step": set_["length"] * set_["batch"]}
+
+
+def short_training(model, set_, vocabulary, steps=STEPS):
+    "Train a model for a few steps on made-up rows, and write no checkpoint; gives the time at each step's end."
     from transformers import Trainer
+
+    times, step = [], Trainer.training_step
 
     def no_checkpoint(self, *args):
         Path(self.args.output_dir, f"checkpoint-{self.state.global_step}").mkdir(parents=True)
 
-    Trainer._save_checkpoint = no_checkpoint
-    set_ = {**TRAIN_DEFAULTS, **row["settings"], "probes": 1}
-    set_["tokens_per_step"] = set_["length"] * set_.get("batch", 1)
-    size = sizes(config(row["model"]))
-    vocabulary, n = size["vocabulary"], set_["length"]
+    def timed(self, *args, **named):
+        loss = step(self, *args, **named)
+        loss.item()  # waits for a GPU
+        times.append(time.perf_counter())
+        return loss
+
+    n = set_["length"]
     rows = [
         dict(input_ids=[(17 * i + k) % vocabulary for k in range(n)], labels=[1] * n, source="domain")
-        for i in range(STEPS * set_.get("batch", 1))
+        for i in range(steps * set_["batch"])
     ]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.multiple(Trainer, _save_checkpoint=no_checkpoint, training_step=timed),
+    ):
+        train(model, rows, folder, set_)
+    return times
+
+
+def measure(row):
+    "Peak and prediction of one row in GB, and what the program holds without a model; printed as JSON."
+    set_, size = settings_of(row["settings"]), sizes(config(row["model"]))
     reset_peak_memory()
     program = peak_memory_gb()
     model = model_of(row["model"], set_["method"])
     if set_["method"] != "full":
         model = add_lora(model, set_["rank"], set_["alpha"])
     reset_peak_memory()
-    with tempfile.TemporaryDirectory() as folder:
-        train(model, rows, folder, set_)
+    short_training(model, set_, size["vocabulary"])
     parts = memory_parts(set_, size, this_device())
     gb = 2**30 / 1e9  # the system counts in powers of two
     said = dict(peak=gb * peak_memory_gb(), predicted=sum(parts.values()) / 1e9, program=gb * program)

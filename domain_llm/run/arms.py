@@ -359,7 +359,7 @@ def _lacking(cfg, stages, docs):
 
 def _checked(name, cfg):
     "Raise InputError, naming the arm, for a setting that a recipe does not have or allow."
-    plain = {k: False if v is None and k in ("pretrain", "sft", "quantize") else v for k, v in cfg.items()}
+    plain = {k: False if v is None and k in OPTIONAL else v for k, v in cfg.items() if k != "method_open"}
     try:
         return check_recipe(plain)
     except InputError as e:

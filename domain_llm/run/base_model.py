@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENIZERS', 'AGAIN', 'FORBIDDEN', 'installed', 'demo_converted', 'find_model', 'sizes', 'adapter_parameters',
-           'sizes_of_run', 'pieces_cost', 'model_fits', 'tokenizer_of', 'stops_of', 'pair_findings']
+           'sizes_of_run', 'pieces_cost', 'loaded_sizes', 'model_fits', 'tokenizer_of', 'stops_of', 'pair_findings']
 
 # %% ../../nbs/95_run.base_model.ipynb #96d3f042
 import copy
@@ -277,6 +277,17 @@ def pieces_cost(
 ):
     "What the recipe's new pieces cost, as from `vocab.cost`."
     return cost(config, max(tok.get_vocab().values()) + 1, cfg["vocab"]["pieces"])
+
+
+def loaded_sizes(
+    model,  # in memory, with or without an adapter; 4-bit weights count as those that they were rounded from
+):
+    "`sizes` of a model in memory, with `copied` as from `sizes_of_run` where an adapter trains rows of new pieces."
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    size, text = sizes(inner.config), inner.config.get_text_config()
+    if hasattr(inner.config, "new_rows"):
+        size["copied"] = 2 * size["vocabulary"] * text.hidden_size
+    return size
 
 # %% ../../nbs/95_run.base_model.ipynb #6b9847e2
 def model_fits(

@@ -22,6 +22,7 @@ from .arms import arm_recipes, base_recipe, read_experiment, unit_of
 from .forecast import claim_lines, group_count, plan_text, recorded
 from .inputs import read_inputs
 from .measuring import exam, figures, load_to_measure, values
+from .method import keep_methods, with_methods
 from .pipeline import make_room, prepare, run_stage
 from .recipe import model_stages, read_recipe, training_stages
 from .settings import identifying
@@ -95,11 +96,13 @@ def _opened(name, path, tokens, output):
     "The experiment with its data in place, ready to run."
     what = read_experiment(name)
     cfg = read_recipe(path or what["default_recipe"])
-    cfg = base_recipe(what, cfg, tokens)
-    arm_recipes(what, cfg, [])  # finds a wrong setting before any data are read
     out = Path(output or Path(cfg["output"]) / "ablate" / what["name"]).expanduser().resolve()
+    decided = with_methods(cfg, out)
+    cfg = base_recipe(what, decided, tokens)
+    arm_recipes(what, cfg, [])  # finds a wrong setting before any data are read
     make_room(out)
     keep.claim(out)
+    keep_methods(decided, out)
     return what, {**cfg, "output": str(out)}, out
 
 # %% ../../nbs/65_run.experiments.ipynb #2348a4d1

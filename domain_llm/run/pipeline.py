@@ -18,6 +18,8 @@ from ..ranks import follow, join, leading, rank, share
 from . import keep
 from .findings import findings_text, refuse
 from .inputs import ROLES, demo_data, read_inputs
+from .method import keep_methods, method_notes, with_methods
+from .peak import peak_findings
 from .preflight import mined_findings, pieces_findings, preflight_of, shown_conversation, worth
 from .recipe import into_folder, read_recipe
 from .stages import REPORTS, identities, marks, only, stages
@@ -55,6 +57,8 @@ def opened(
     out = Path(cfg["output"])
     make_room(out)
     keep.claim(out)
+    cfg = with_methods(cfg, out)
+    keep_methods(cfg, out)
     return cfg, out
 
 # %% ../../nbs/64_run.pipeline.ipynb #53094d3e
@@ -76,7 +80,7 @@ def prepare(
 
 def _refuse_early(cfg, out):
     "Print what the preflight finds; raise InputError when the run cannot be done."
-    _say(preflight_of(cfg, out))
+    _say(method_notes(cfg) + preflight_of(cfg, out))
 
 
 def _say(found):
@@ -177,6 +181,8 @@ def _run_stages(cfg, out):
         new, metrics = run_stage(cfg, out, name, stage, models)
         said = f"{time.time() - start:.0f} s{_shown(metrics)}" if new else "unchanged, skipped"
         print(f"      {said}", flush=True)
+        if new:
+            _say(peak_findings(name, metrics))
         if name == "corpus":
             _say_mined(cfg, out)
         if name == "baseline":

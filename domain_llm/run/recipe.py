@@ -123,12 +123,19 @@ def model_stages(
     return [*before, *training_stages(cfg), *after]
 
 # %% ../../nbs/60_run.recipe.ipynb #d54dd7d7
+def _without_method(recipe):
+    "The training stages for which a recipe states no method."
+    return [stage for stage in ("pretrain", "sft") if (recipe.get(stage) or {}).get("method") is None]
+
+
 def check_recipe(
     recipe: dict,  # as read from YAML
     folder=".",  # paths in the recipe are relative to this folder
 ):
-    "The recipe with all defaults filled in and paths made absolute. Raises InputError for a wrong name, value or path."
+    """The recipe with all defaults filled in and paths made absolute, and with `method_open`, the stages that state no
+    method. Raises InputError for a wrong name, value or path."""
     cfg = checked_settings({} if recipe is None else recipe)
+    cfg["method_open"] = _without_method(recipe or {})
     for key, paths in cfg["data"].items():
         if key != "ask":
             cfg["data"][key] = [_located(key, path, folder) for path in paths]

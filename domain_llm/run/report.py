@@ -14,6 +14,7 @@ from ..core import atomic_file, read_json, write_json
 from ..data.read import faults
 from ..judge.screen import screen_plot
 from .figures import plot_change, plot_corpus, plot_curves, plot_interpolation
+from .peak import peak_findings
 from .preflight import worth
 
 # %% ../../nbs/97_run.report.ipynb #b30ad0fb
@@ -164,6 +165,7 @@ def collect(
         cfg,
         unread=faults(corpus["skipped"]),
         doubt=doubt,
+        peaks=[f["said"] for way in ways for f in peak_findings(way, by[way]["metrics"])],
         before=before,
         after=after,
         manifests=manifests,

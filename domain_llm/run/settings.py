@@ -206,7 +206,8 @@ class Mix(Section):
 _TRAINING = dict(
     method=(
         Method,
-        "full trains all weights; lora an adapter on every linear layer; qlora the same beside weights of 4 bits.",
+        "full trains all weights; lora an adapter on every linear layer; qlora the same beside weights of 4 bits. "
+        "Left out, a model of a billion parameters or more takes lora, or qlora where that does not fit on the GPU.",
     ),
     learning_rate=(AboveZero, "Peak of the learning rate; lora and qlora want about ten times that of full."),
     tokens_per_step=(Whole, "Tokens in one optimizer step."),

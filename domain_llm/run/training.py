@@ -19,7 +19,8 @@ from ..data.rows import chosen, gathered
 from ..data.select import embed, select
 from ..models import is_adapter, load, quiet
 from ..ranks import once
-from .base_model import sizes
+from .base_model import loaded_sizes
+from .peak import watched_training
 from .plan import USABLE, memory_parts, this_device
 from ..small_world import SMALL_WORLDS, small_model
 from ..train.loop import train
@@ -280,7 +281,8 @@ def _keep_budget(job, model, tok, result, probe):
     write_json(job.out / "history.json", result["history"] + [dict(step=result["steps"], **p) for p in points])
     _save(model, tok, job.out / "model")
     figures = {name: result[name] for name in ("tokens", "steps", "best_step")}
-    write_json(job.out / "trained.json", dict(figures, share_kept=points[-1]["share"]))
+    measured = {name: result[name] for name in ("memory",) if name in result}
+    write_json(job.out / "trained.json", dict(figures, share_kept=points[-1]["share"], **measured))
 
 
 def _reference(job, measured):
@@ -305,9 +307,9 @@ def _trained(job, model, tok, rows, probe):
     model = adapted(model, set_, new)
     if once(folder.exists):
         return _with_saved(model, folder, job.cfg), read_json(folder / "result.json")
-    set_ = {**set_, "gradient_checkpointing": once(_checkpoints, set_, model, bool(new))}
+    set_ = {**set_, "gradient_checkpointing": once(_checkpoints, set_, model)}
     kept = job.out / "kept" if job.cfg["evaluate"]["screen"] else None
-    result = train(model, rows, job.out / "checkpoints", set_, probe, seed=seed, keep=kept)
+    result = watched_training(train, model, rows, job.out / "checkpoints", set_, probe, seed=seed, keep=kept)
     once(_save_trained, job.out, model, tok, result)
     return model, result
 
@@ -319,14 +321,11 @@ def _save_trained(out, model, tok, result):
     _save(model, tok, out / "trained", result=result)
 
 
-def _checkpoints(set_, model, new):
+def _checkpoints(set_, model):
     "Whether a loaded model is trained with gradient checkpointing: as the recipe says or else as the memory asks for."
     inner, device = model.get_base_model() if hasattr(model, "peft_config") else model, this_device()
-    size = sizes(inner.config)
-    if new:
-        size["copied"] = 2 * size["vocabulary"] * inner.config.get_text_config().hidden_size
     held = sum(p.nbytes for p in model.parameters())  # the weights are there already, and counted
-    wanted = checkpointing_of(set_, size, {**device, "free": device["free"] + held})
+    wanted = checkpointing_of(set_, loaded_sizes(model), {**device, "free": device["free"] + held})
     if wanted and set_["gradient_checkpointing"] == "auto":
         print("note: without gradient checkpointing the memory would be short, so it is on", flush=True)
         return inner.supports_gradient_checkpointing
