@@ -88,7 +88,7 @@ def test_tensor_by_tensor_gives_the_bits_of_peft(name, dtype, tok, tmp_path, mon
     make(tmp_path, tok, settings, tied, dtype, max_shard_size="40KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
     theirs = by_peft(tmp_path)
-    monkeypatch.setattr(merging, "_FILE", "30KB")
+    monkeypatch.setattr(merging, "_FILE", 30_000)
     monkeypatch.setattr(merging, "merge_adapter", lambda *_: pytest.fail("the whole model was loaded"))
     ours = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
     assert same(ours, theirs)
@@ -122,7 +122,7 @@ import json, sys
 import bitsandbytes, peft, transformers
 from domain_llm.devices import peak_bytes
 from domain_llm.ship import merge as merging
-merging._FILE = "20MB"
+merging._FILE = 20_000_000
 from peft.tuners.lora.layer import Linear
 from transformers import LlamaForCausalLM
 before = peak_bytes()

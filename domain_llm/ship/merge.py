@@ -182,7 +182,7 @@ def _save(write, tok, out):
         write_json(tmp / _MERGED, {"files": sorted(p.name for p in tmp.iterdir())})
 
 # %% ../../nbs/50_ship.merge.ipynb #7d1c20ab
-_FILE = "1GB"  # size of a file of weights at most, unless one tensor is larger; so much is in memory at once
+_FILE = 10**9  # bytes of a file of weights at most, unless one tensor is larger; so much is in memory at once
 
 
 def _sources(base):
@@ -211,7 +211,10 @@ def _same_tensors(sources, model):
     "Whether the files hold what the model consists of, under the same names and in the same shapes."
     wanted = {name: list(t.shape) for name, t in model.state_dict().items()}
     held = {name: shape for name, (_, shape) in sources.items()}
-    tied = _tied(model)
+    tied, head = _tied(model), model.get_output_embeddings()
+    should = head is not None and model.config.get_text_config().tie_word_embeddings
+    if should and head.weight is not model.get_input_embeddings().weight:
+        return False  # the files hold both, and only their numbers say whether they are the same
     return wanted | held == wanted and not wanted.keys() - held.keys() - tied.keys()
 
 # %% ../../nbs/50_ship.merge.ipynb #7d1c20ad
@@ -295,7 +298,8 @@ def _write_pieces(model, tensors, sources, layers, folder):
 
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=_FILE)
+    largest = max(Path(path).stat().st_size for path, _ in sources.values())
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=min(largest, _FILE))
     for file, names in plan.filename_to_tensors.items():
         merged = {n: _read_merged(sources[n][0], n, tensors[n], layers.get(n)) for n in names}
         save_file(merged, folder / file, metadata={"format": "pt"})
