@@ -119,12 +119,14 @@ def test_a_head_in_the_file_of_a_tied_model_is_left_out(tok, tmp_path):
 
 MEASURE = """
 import json, sys
-import bitsandbytes, peft, transformers
+import bitsandbytes, datasets, peft, transformers
 from domain_llm.devices import peak_bytes
 from domain_llm.ship import merge as merging
 merging._FILE = 20_000_000
 from peft.tuners.lora.layer import Linear
 from transformers import LlamaForCausalLM
+from domain_llm.models import load_tokenizer
+load_tokenizer(sys.argv[1])
 before = peak_bytes()
 merging.merge(*sys.argv[1:])
 print(json.dumps(peak_bytes() - before))

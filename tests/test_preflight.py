@@ -457,14 +457,14 @@ def test_a_recipe_may_name_k_quants_and_is_told_of_rows_that_are_too_narrow(seve
     from domain_llm.run.plan import rows_findings
 
     for kind in ("q6_k", "q5_k_m", "q4_k_m"):
-        cfg = check_recipe({"data": {"domain": "x"}, "quantize": {"types": ["q8_0", kind]}})
+        cfg = check_recipe({"demo": 20, "quantize": {"types": ["q8_0", kind]}})
         assert rows_findings(cfg, seven) == []
         found = said(rows_findings(cfg, dict(seven, matrices=[(576, 1536), (1536, 576)])), "warning")
         assert len(found) == 1 and kind in found[0] and "rows of 576 weights" in found[0]
-    cfg = check_recipe({"data": {"domain": "x"}})
+    cfg = check_recipe({"demo": 20})
     assert rows_findings(cfg, dict(seven, matrices=[(576, 1536)])) == []
     with pytest.raises(InputError, match="q4_k_m"):
-        check_recipe({"data": {"domain": "x"}, "quantize": {"types": ["q3_k_m"]}})
+        check_recipe({"demo": 20, "quantize": {"types": ["q3_k_m"]}})
 
 
 def test_a_full_checkpoint_of_7b_is_about_106_gb_and_an_adapters_is_small(seven):
