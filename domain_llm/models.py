@@ -234,7 +234,7 @@ def load_tokenizer(
 def load(
     name: str = DEMO_MODEL,  # as in `resolve`
     dtype=None,  # torch dtype; on a GPU `half_dtype`, on a CPU float32 when not given
-    device=None,  # "cpu", "cuda", "mps", ...; `default_device` when not given
+    device=None,  # "cpu", "cuda", "mps", ...; `default_device` when not given; "meta": shapes, no weights
     quantize: str = None,  # "nf4" or "int8": bitsandbytes weights of 4 or 8 bits
     trust_remote_code: bool = False,  # run code that comes with the model
 ):
@@ -244,7 +244,8 @@ def load(
 
     device = device or default_device()
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else half_dtype(device))
-    kw = dict(device_map=device, quantization_config=_bnb(quantize, dtype)) if quantize else {}
+    kw = dict(device_map=device) if quantize or str(device) == "meta" else {}
+    kw |= dict(quantization_config=_bnb(quantize, dtype)) if quantize else {}
     if quantize and is_adapter(resolve(name)):
         raise InputError(f"{name} is an adapter: merge it into its 16-bit model (ship.merge.merge) and quantize that.")
     tok = load_tokenizer(name, trust_remote_code)
@@ -252,10 +253,8 @@ def load(
         model = _weights(resolve(name), trust_remote_code, dtype=dtype, **kw)
         rows = model.get_input_embeddings().weight.shape[0]
         if len(tok) > rows:
-            raise InputError(
-                f"the tokenizer of {name} has {len(tok)} tokens but the model only {rows} rows: they "
-                "do not belong together."
-            )
+            said = f"the tokenizer of {name} has {len(tok)} tokens but the model only {rows} rows"
+            raise InputError(f"{said}: they do not belong together.")
         if is_adapter(resolve(name)):
             _stop_at_end(model, tok)
         return (model if quantize else model.to(device)).eval(), tok

@@ -447,6 +447,24 @@ def test_gguf_files_have_the_size_of_the_formula():
     for kind in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0"):
         weights, taken = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
         assert GGUF_BITS[kind] == 8 * taken / weights
+    bits = {k: 8 * gguf.GGML_QUANT_SIZES[k][1] / gguf.GGML_QUANT_SIZES[k][0] for k in gguf.GGML_QUANT_SIZES}
+    four, five, six = (bits[gguf.GGMLQuantizationType[k]] for k in ("Q4_K", "Q5_K", "Q6_K"))
+    assert GGUF_BITS["q6_k"] == pytest.approx(six, abs=0.001)
+    assert four < GGUF_BITS["q4_k_m"] < five < GGUF_BITS["q5_k_m"] < six  # mixes
+
+
+def test_a_recipe_may_name_k_quants_and_is_told_of_rows_that_are_too_narrow(seven):
+    from domain_llm.run.plan import rows_findings
+
+    for kind in ("q6_k", "q5_k_m", "q4_k_m"):
+        cfg = check_recipe({"demo": 20, "quantize": {"types": ["q8_0", kind]}})
+        assert rows_findings(cfg, seven) == []
+        found = said(rows_findings(cfg, dict(seven, matrices=[(576, 1536), (1536, 576)])), "warning")
+        assert len(found) == 1 and kind in found[0] and "rows of 576 weights" in found[0]
+    cfg = check_recipe({"demo": 20})
+    assert rows_findings(cfg, dict(seven, matrices=[(576, 1536)])) == []
+    with pytest.raises(InputError, match="q4_k_m"):
+        check_recipe({"demo": 20, "quantize": {"types": ["q3_k_m"]}})
 
 
 def test_a_full_checkpoint_of_7b_is_about_106_gb_and_an_adapters_is_small(seven):

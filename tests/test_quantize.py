@@ -265,7 +265,7 @@ def test_the_record_of_an_adapter_depends_on_both_folders(made, tmp_path):
         weights[-1] ^= 1
         path.write_bytes(weights)
 
-    with patch.object(gguf, "_convert", side_effect=convert):
+    with patch.object(gguf, "convert", side_effect=convert):
         export_gguf(adapter, out, "q8_0")
         export_gguf(adapter, out, "q8_0")
         assert len(calls) == 1
@@ -281,7 +281,7 @@ def test_the_record_of_an_adapter_depends_on_both_folders(made, tmp_path):
 
 def test_nothing_stays_after_an_error_with_an_adapter(made, tmp_path):
     base, adapter = named(made, tmp_path)
-    with patch.object(gguf, "_convert", side_effect=InputError("no")), pytest.raises(InputError, match="no"):
+    with patch.object(gguf, "convert", side_effect=InputError("no")), pytest.raises(InputError, match="no"):
         export_gguf(adapter, tmp_path / "g", "q8_0")
     assert list((tmp_path / "g").iterdir()) == []
     (adapter / "adapter_model.safetensors").write_bytes(b"junk")
@@ -364,7 +364,7 @@ def test_what_a_killed_export_left_is_removed(made, tmp_path):
         killed.wait()
         (dead / "lossless.gguf").write_bytes(b"x" * 1000)
         with patch.object(
-            gguf, "_convert", side_effect=lambda folder, path: Path(shutil.copy(made["files"]["f32"], path))
+            gguf, "convert", side_effect=lambda folder, path: Path(shutil.copy(made["files"]["f32"], path))
         ):
             export_gguf(made["merged"], out, "q8_0")
         assert not dead.exists() and alive.exists()
@@ -425,7 +425,7 @@ def test_sizes_and_kept_files(made):
     sizes = {k: p.stat().st_size for k, p in made["files"].items()}
     assert sizes["f32"] > 2 * sizes["q8_0"] > 2 * sizes["q4_0"]
     stamp = made["files"]["q8_0"].stat().st_mtime_ns
-    with patch.object(gguf, "_convert", side_effect=AssertionError("converted again")):
+    with patch.object(gguf, "convert", side_effect=AssertionError("converted again")):
         assert export_gguf(made["merged"], made["root"] / "gguf", "q8_0")["q8_0"] == made["files"]["q8_0"]
     assert made["files"]["q8_0"].stat().st_mtime_ns == stamp
     assert not [p for p in (made["root"] / "gguf").iterdir() if p.name.startswith(".export")]
@@ -442,7 +442,7 @@ def test_changed_weights_or_a_removed_file_are_exported_again(made, tmp_path):
         calls.append(path)
         return Path(shutil.copy(made["files"]["f32"], path))
 
-    with patch.object(gguf, "_convert", side_effect=convert):
+    with patch.object(gguf, "convert", side_effect=convert):
 
         def export():
             return export_gguf(tmp_path / "merged", tmp_path / "gguf", "q8_0")
@@ -559,7 +559,7 @@ def test_output_that_cannot_be_written(made, tmp_path):
     ):
         export_gguf(made["merged"], tmp_path / "g", "q8_0")
     with (
-        patch.object(gguf, "_convert", return_value=made["files"]["f32"]),
+        patch.object(gguf, "convert", return_value=made["files"]["f32"]),
         patch.object(gguf, "quantize_file", side_effect=OSError(28, "No space left on device")),
         pytest.raises(InputError, match="No space"),
     ):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GB', 'CPU', 'GPU', 'CHECKPOINTS', 'GGUF_BITS', 'DISK_PARTS', 'OTHER', 'USABLE', 'PROGRAM', 'NF4_BITS', 'STEPPED',
            'COLOURS', 'trained_parameters', 'checkpoint_bytes', 'gguf_bytes', 'disk_parts', 'disk_findings',
-           'free_disk', 'listed_bytes', 'frozen_bytes', 'activation_bytes', 'memory_parts', 'memory_findings',
-           'this_device', 'plot_parts']
+           'free_disk', 'rows_findings', 'listed_bytes', 'frozen_bytes', 'activation_bytes', 'memory_parts',
+           'memory_findings', 'this_device', 'plot_parts']
 
 # %% ../../nbs/63_run.plan.ipynb #d78fe183
 import math
@@ -17,6 +17,8 @@ from ..devices import default_device, half_dtype
 from .base_model import adapter_parameters
 from .findings import error, note, warning
 from .recipe import training_stages
+from ..ship.gguf import SHORT_ROWS
+from ..ship.llama import K_BLOCK
 
 # %% ../../nbs/63_run.plan.ipynb #5f6a0e10
 GB = 1e9  # bytes
@@ -43,6 +45,7 @@ def checkpoint_bytes(
 
 # %% ../../nbs/63_run.plan.ipynb #15d1f0b9
 GGUF_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5}
+GGUF_BITS |= {"q6_k": 6.5633, "q5_k_m": 5.7036, "q4_k_m": 4.8944}  # of Llama-3.1-8B in llama.cpp's README of quantize
 DISK_PARTS = ("weights in checkpoints", "optimizer in checkpoints", "kept models", "final models", "GGUF files")
 OTHER = 0.2 * GB  # documents, tokenizers, reports
 
@@ -122,6 +125,24 @@ def free_disk(
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free + written
+
+# %% ../../nbs/63_run.plan.ipynb #5a77c0de
+def rows_findings(
+    cfg: dict,  # a checked recipe
+    size: dict,  # from `sizes`
+):
+    "A finding on formats of `quantize` that some matrices of the model are too narrow for."
+    kinds = [kind for kind in (cfg.get("quantize") or {}).get("types", ()) if "_k" in kind]
+    odd = sorted({inputs for inputs, _ in size["matrices"] if inputs % K_BLOCK})
+    if not kinds or not odd:
+        return []
+    widths, named = ", ".join(f"{width:,}" for width in odd), ", ".join(kinds)
+    instead = ", ".join(f"{SHORT_ROWS[kind.removesuffix('_m')]} for {kind}" for kind in kinds)
+    said = f"quantize.types names {named}, which round {K_BLOCK} weights of a row together, and this model has rows of"
+    remedy = (
+        f"Such matrices are stored with more bits ({instead}), as llama.cpp does. The usual choice here: q8_0, q4_0."
+    )
+    return [warning("settings", f"{said} {widths} weights. {remedy}")]
 
 # %% ../../nbs/63_run.plan.ipynb #d806c8f7
 def _gb(n):

@@ -27,7 +27,7 @@ from domain_llm.run.base_model import (
     tokenizer_of,
 )
 from .findings import error, note, warning
-from .plan import USABLE, disk_findings, free_disk, memory_findings, this_device
+from .plan import USABLE, disk_findings, free_disk, memory_findings, rows_findings, this_device
 from .planner import smallest_need
 from .recipe import model_stages, training_stages
 from .training import checkpointing_of, pieces_of
@@ -360,6 +360,7 @@ def preflight_of(
     found += model_fits(cfg, config, tok) + vocab_findings(cfg, config, tok)
     size, device = sizes_of_run(cfg, config, tok), this_device()
     found += method_findings(cfg, size, device) + disk_findings(cfg, size, free_disk(cfg["output"]), device)
+    found += rows_findings(cfg, size)
     found += memory_findings(with_checkpointing(cfg, size, device), size, device)
     rows = read_jsonl(out / "inputs" / "instructions" / "rows.jsonl")
     found += start_findings(cfg, len(rows), size, device)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Number', 'AboveZero', 'FromZero', 'Share', 'Integer', 'Whole', 'Entities', 'Wordings', 'YesNo', 'Text', 'Texts',
-           'OnePath', 'Paths', 'Source', 'Parts', 'Kind', 'Kinds', 'Way', 'Ways', 'Task', 'Tasks', 'Types', 'Method',
-           'Optimizer', 'Checkpointing', 'Schedule', 'Start', 'Language', 'NewRows', 'Meanings', 'DemoOrSize',
+           'OnePath', 'Paths', 'Source', 'Parts', 'Kind', 'Kinds', 'Way', 'Ways', 'Task', 'Tasks', 'Type', 'Types',
+           'Method', 'Optimizer', 'Checkpointing', 'Schedule', 'Start', 'Language', 'NewRows', 'Meanings', 'DemoOrSize',
            'Pretrain', 'Sft', 'OPTIONAL', 'LATER', 'NO_EFFECT', 'Says', 'Section', 'Data', 'Corpus', 'Demo', 'Lab',
            'Vocab', 'Select', 'Mix', 'Evaluate', 'Quantize', 'Recipe', 'identifying', 'recipe_schema', 'section_of',
            'checked_settings']
@@ -102,7 +102,8 @@ Tasks = Annotated[
     BeforeValidator(_listed, json_schema_input_type=Task | list[Task]),
     Says(f"a list of tasks that documents alone give, without annotated rows: {', '.join(get_args(Task))}"),
 ]
-Types = Annotated[list[Literal["q8_0", "q4_0"]], Field(min_length=1), Says("a list of q8_0 and q4_0")]
+Type = Literal["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
+Types = Annotated[list[Type], Field(min_length=1), Says(f"a list of {', '.join(get_args(Type))}")]
 Method = Annotated[Literal["full", "lora", "qlora"], Says("full, lora or qlora")]
 Optimizer = Annotated[Literal["adamw", "adamw8bit"], Says("adamw or adamw8bit")]
 Checkpointing = Annotated[Literal[True, False, "auto"], Says("true, false or auto")]
@@ -259,7 +260,7 @@ class Evaluate(Section):
 class Quantize(Section):
     "GGUF files of the trained model, for llama.cpp."
 
-    types: Types = Field(["q8_0", "q4_0"], description="One file of each: 8 or 4 bits a weight.")
+    types: Types = Field(["q8_0", "q4_0"], description="One file of each: of 8, 6, 5 or 4 bits a weight.")
 
 
 class Recipe(Section):

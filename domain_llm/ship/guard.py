@@ -203,8 +203,8 @@ def _check_nodes(tree, dialect):
 
 # %% ../../nbs/95_ship.guard.ipynb #cce98c35
 def _folded(name, dialect):
-    "A name of the schema as the dialect compares it: SQLite and MySQL without case."
-    return name if dialect == "postgres" else name.lower()
+    "A name of the schema as SQLGlot compares it: by case in PostgreSQL and MySQL, where a server may do so."
+    return name if dialect in ("postgres", "mysql") else name.lower()
 
 
 def _columns_of(schema):

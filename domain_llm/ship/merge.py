@@ -6,10 +6,21 @@
 __all__ = ['FACT', 'adapter_base', 'merge', 'load_merged', 'load_tokenizer_of', 'learn_one_fact']
 
 # %% ../../nbs/50_ship.merge.ipynb #479cc59b
+from functools import partial
 from pathlib import Path
 
 from ..core import InputError, atomic_dir, read_json, write_json
-from ..models import DEMO_MODEL, base_of, is_adapter, load, load_tokenizer, merge_adapter, quiet, resolve
+from domain_llm.models import (
+    DEMO_MODEL,
+    attach_adapter,
+    base_of,
+    is_adapter,
+    load,
+    load_tokenizer,
+    merge_adapter,
+    quiet,
+    resolve,
+)
 from ..train.loop import add_lora
 
 # %% ../../nbs/50_ship.merge.ipynb #4a8cf7b3
@@ -87,17 +98,17 @@ def merge(
     tok=None,  # tokenizer of a model in memory; found by the model's name when not given
 ):
     """Merge a LoRA adapter into its 16- or 32-bit base model and write safetensors and tokenizer to `out`; gives
-    the path."""
+    the path. A base on disk is merged tensor by tensor where `_writer` can."""
     in_memory = hasattr(model_or_folder, "state_dict")
     out = _own_folder(out, adapter, None if in_memory else model_or_folder)
     if in_memory:
         model = model_or_folder
         _refuse_quantized(model.config, "the model")
         tok = tok or load_tokenizer(model.config._name_or_path)
-        model = merge_adapter(_cpu_copy(model))
+        write = merge_adapter(_cpu_copy(model)).save_pretrained
     else:
-        model, tok = load_merged(model_or_folder, adapter)
-    _save(model, tok, out)
+        write, tok = _writer(model_or_folder, adapter)
+    _save(write, tok, out)
     return out
 
 # %% ../../nbs/50_ship.merge.ipynb #a08e6780
@@ -109,6 +120,13 @@ def load_merged(
 ):
     """Load base and adapter merged, in the type of the base's weights, with the adapter's own tokenizer if it
     brings one."""
+    base, adapter = _named(base, adapter)
+    model, tok = _base(base, adapter, dtype, device)
+    return (merge_adapter(model, adapter).eval() if adapter else model), tok
+
+
+def _named(base, adapter):
+    "Base and adapter folder (or None), where an adapter that names its base may stand for both."
     if adapter is None and is_adapter(base):
         base, adapter = adapter_base(base), base
     if adapter is not None and not (Path(adapter) / "adapter_config.json").exists():
@@ -116,14 +134,17 @@ def load_merged(
             f"{adapter} is not an adapter folder: it holds no adapter_config.json. Name the folder "
             "that peft's save_pretrained wrote."
         )
+    return base, adapter
+
+
+def _base(base, adapter, dtype, device):
+    "The base model of an adapter, which is not on it yet, and the tokenizer for both."
     folder = resolve(base)
     if Path(folder).is_dir():
         _refuse_quantized(read_json(Path(folder) / "config.json"), folder)
     model, tok = load(base, dtype=dtype, device=device)
     _refuse_quantized(model.config, base)
-    if adapter is None:
-        return model, tok
-    if (Path(adapter) / "tokenizer_config.json").exists():
+    if adapter and (Path(adapter) / "tokenizer_config.json").exists():
         tok = load_tokenizer_of(adapter)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tok) > rows:
@@ -131,7 +152,7 @@ def load_merged(
             f"the adapter {adapter} brings a tokenizer of {len(tok)} tokens, but {base} has {rows}. "
             "Give the base with the expanded vocabulary."
         )
-    return merge_adapter(model, adapter).eval(), tok
+    return model, tok
 
 # %% ../../nbs/50_ship.merge.ipynb #772a8075
 def load_tokenizer_of(folder):
@@ -148,17 +169,159 @@ def load_tokenizer_of(folder):
             ) from e
 
 # %% ../../nbs/50_ship.merge.ipynb #28524604
-def _save(model, tok, out):
-    "Write a merged model as safetensors with its tokenizer, atomically."
+def _save(write, tok, out):
+    "Let `write` fill a folder with a merged model, add the tokenizer; atomically."
     from safetensors import SafetensorError
 
     with atomic_dir(out) as tmp, quiet():
         try:
-            model.save_pretrained(tmp)
+            write(tmp)
         except SafetensorError as e:
             raise InputError(f"cannot write {out}: {e}. Free some space or choose a folder you may write to.") from e
         tok.save_pretrained(tmp)
         write_json(tmp / _MERGED, {"files": sorted(p.name for p in tmp.iterdir())})
+
+# %% ../../nbs/50_ship.merge.ipynb #7d1c20ab
+_FILE = 10**9  # bytes of a file of weights at most, unless one tensor is larger; so much is in memory at once
+
+
+def _sources(base):
+    "Where the tensors of a model's files lie: name -> (path, shape)."
+    from safetensors import safe_open
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    name = resolve(base)
+    whole = cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    paths = [whole] if whole else get_checkpoint_shard_files(name, cached_file(name, SAFE_WEIGHTS_INDEX_NAME))[0]
+    found = {}
+    for path in paths:
+        with safe_open(path, "pt") as f:
+            found |= {key: (path, f.get_slice(key).get_shape()) for key in f.keys()}
+    return found
+
+
+def _tied(model):
+    "The parameters with several names: name -> parameter, without the first name of each."
+    once = dict(model.named_parameters())
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in once}
+
+
+def _same_tensors(sources, model):
+    "Whether the files hold what the model consists of, under the same names and in the same shapes."
+    wanted = {name: list(t.shape) for name, t in model.state_dict().items()}
+    held = {name: shape for name, (_, shape) in sources.items()}
+    tied, head = _tied(model), model.get_output_embeddings()
+    should = head is not None and model.config.get_text_config().tie_word_embeddings
+    if should and head.weight is not model.get_input_embeddings().weight:
+        return False  # the files hold both, and only their numbers say whether they are the same
+    return wanted | held == wanted and not wanted.keys() - held.keys() - tied.keys()
+
+# %% ../../nbs/50_ship.merge.ipynb #7d1c20ad
+def _merges_alone(layer, tied):
+    "Whether a module of a model with an adapter is no layer of it, or one that can be merged without the others."
+    from peft.tuners.lora.layer import Linear
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+
+    if not isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        return True
+    if isinstance(layer, (TrainableTokensLayer, TrainableTokensWrapper)):
+        return True
+    plain = type(layer) is Linear and not layer.lora_variant and not any(layer.lora_bias.values())
+    return plain and not any(layer.get_base_layer().weight is p for p in tied.values())
+
+
+def _adapter_weights(adapter):
+    """The tensors of an adapter's file under their names in the model, in 32 bits; None if there are others than
+    LoRA's and those of new tokens."""
+    from safetensors.torch import load_file
+
+    weights = {}
+    for name, t in load_file(Path(adapter) / "adapter_model.safetensors").items():
+        if not name.endswith((".lora_A.weight", ".lora_B.weight", ".trainable_tokens_delta")):
+            return None
+        stem, dot, end = name.rpartition(".weight")
+        inside = f"{stem}.default{dot}{end}" if dot else f"{name}.default"
+        weights[inside] = t.float() if t.dtype.itemsize < 4 else t
+    return weights
+
+# %% ../../nbs/50_ship.merge.ipynb #7d1c20b1
+def _layers(model, adapter):
+    """Put an adapter on a model of the meta device: its layers, by the name of the tensor that they change, or None
+    if the adapter has something that cannot be merged alone."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tied = _tied(model)
+    names = {p: name for name, p in model.named_parameters()}
+    both = attach_adapter(model, adapter)
+    weights = _adapter_weights(adapter)
+    biases = any(config.bias != "none" for config in both.peft_config.values())
+    if weights is None or biases or not all(_merges_alone(m, tied) for m in both.modules()):
+        return None
+    both.load_state_dict(weights, strict=False, assign=True)
+    found = {}
+    for layer in both.modules():
+        if isinstance(layer, BaseTunerLayer):
+            found.setdefault(names[layer.get_base_layer().weight], layer)
+    return found
+
+# %% ../../nbs/50_ship.merge.ipynb #7d1c20ae
+def _merged_tensor(layer, tensor):
+    "A layer's weight with the adapter in it, computed by peft from the base's weight."
+    import torch
+
+    base = layer.get_base_layer()
+    empty = base.weight
+    base.weight = torch.nn.Parameter(tensor.clone(), requires_grad=False)  # the file's stays as it is
+    layer.merge()
+    merged, base.weight = base.weight.data, empty
+    layer.merged_adapters.clear()
+    return merged
+
+
+def _read_merged(path, name, like, layer):
+    "One tensor of a file, in the type of another, with the adapter in it if it has a layer."
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as f:
+        found = f.get_tensor(name).to(like.dtype)
+    return _merged_tensor(layer, found) if layer else found
+
+
+def _write_pieces(model, tensors, sources, layers, folder):
+    "Write what `save_pretrained` would, reading a file's worth of tensors at a time from the files of the base."
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    largest = max(Path(path).stat().st_size for path, _ in sources.values())
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=min(largest, _FILE))
+    for file, names in plan.filename_to_tensors.items():
+        merged = {n: _read_merged(sources[n][0], n, tensors[n], layers.get(n)) for n in names}
+        save_file(merged, folder / file, metadata={"format": "pt"})
+        del merged  # before the next ones are read
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
+
+# %% ../../nbs/50_ship.merge.ipynb #7d1c20b0
+def _writer(base, adapter):
+    "A function that writes base and adapter merged to a folder, and the tokenizer for them."
+    base, adapter = _named(base, adapter)
+    if not is_adapter(resolve(base)):
+        model, tok = _base(base, adapter, "auto", "meta")
+        tied, sources = _tied(model), _sources(base)
+        tensors = {name: t for name, t in model.state_dict().items() if name not in tied}
+        same = _same_tensors(sources, model)
+        layers = _layers(model, adapter) if adapter else {}
+        if same and layers is not None:
+            return partial(_write_pieces, model, tensors, sources, layers), tok
+    model, tok = load_merged(base, adapter)
+    return model.save_pretrained, tok
 
 # %% ../../nbs/50_ship.merge.ipynb #70d233ea
 FACT = (
