@@ -240,10 +240,7 @@ Sft = create_model(
     "Sft",
     __base__=Section,
     __doc__="Fine-tuning on conversations; only where data.instructions, tasks or the demo give some.",
-    start=(
-        Start,
-        Field("base", description="Start from `model`, or from `chat_model` with what pre-training changed."),
-    ),
+    start=(Start, Field("base", description="Start from `model`, or `chat_model` with what pre-training changed.")),
     epochs=(AboveZero, Field(1, description="Passes over the conversations.")),
     **_training(SFT_DEFAULTS),
 )
