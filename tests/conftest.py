@@ -34,6 +34,12 @@ def tiny_folder(tok, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def in_32_bits(monkeypatch):
+    "Training computes in 32 bits, on a processor with bfloat16 too: for results that are compared to the last digits."
+    monkeypatch.setattr("domain_llm.devices._cpu_bfloat16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def pair(tok, tmp_path_factory):
     "A small base model, without a chat template, and its chat model, as folders."

@@ -23,6 +23,7 @@ from fixtures.shared import JOBS
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: F401
 from trl import pack_dataset  # noqa: F401
 
+from domain_llm import devices
 from domain_llm.core import InputError
 
 
@@ -95,5 +96,6 @@ def run(job, processes, given):
 
 
 torch.set_num_threads(1)
+devices._cpu_bfloat16 = lambda: False  # losses are compared to the last digits
 for line in sys.stdin:
     print(json.dumps(run(**json.loads(line))), flush=True)

@@ -157,7 +157,7 @@ def test_rows_of_a_batch_have_the_losses_that_each_has_alone(tok):
     assert len(together) == sum(label != -100 for row in rows for label in row["labels"][1:])
 
 
-def test_a_step_of_two_rows_is_the_same_in_one_pass_as_in_two(tok, tmp_path):
+def test_a_step_of_two_rows_is_the_same_in_one_pass_as_in_two(tok, tmp_path, in_32_bits):
     ended, histories = [], []
     for batch in (1, 2, 4):
         model = tiny(tok)
@@ -176,7 +176,7 @@ def test_a_batch_that_does_not_divide_the_step_is_refused(tok, tmp_path):
         train(tiny(tok), rows_of(), tmp_path, {**CFG, "batch": 3, "tokens_per_step": 128})
 
 
-def test_the_losses_of_each_source_are_means_over_its_tokens(tok, tmp_path):
+def test_the_losses_of_each_source_are_means_over_its_tokens(tok, tmp_path, in_32_bits):
     "At a rate of nearly 0 the logged loss of a source is what its rows have in the untrained model."
     model, rows = tiny(tok), rows_of(6)
     packed, names = pack(rows, 32)
@@ -260,6 +260,18 @@ def test_the_attention_follows_the_device(monkeypatch, model, flash, half, chose
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: flash)
     monkeypatch.setattr(batches, "half_dtype", lambda device: half)
     assert batches._better_attention(model) == chosen
+
+
+def test_after_training_an_adapter_computes_as_its_merged_weights(tiny_folder, tmp_path, monkeypatch):
+    "In training the forward pass is in 16 bits where the processor computes in them; afterwards it is in 32 again."
+    monkeypatch.setattr("domain_llm.devices._cpu_bfloat16", lambda: True)
+    model = adapted(load(str(tiny_folder))[0], {**CFG, "method": "lora", "rank": 4, "alpha": 8})
+    train(model, rows_of(8), tmp_path, {**CFG, "method": "lora", "learning_rate": 1e-2})
+    ids = torch.arange(5, 37)[None]
+    with torch.no_grad():
+        tuned = model(input_ids=ids).logits
+        merged = model.merge_and_unload()(input_ids=ids).logits
+    assert torch.allclose(tuned, merged, atol=1e-4 * merged.abs().max())
 
 
 # QLoRA

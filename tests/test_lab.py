@@ -137,7 +137,7 @@ def test_small_world_loads_like_any_model_and_seeds_draw_weights(name):
     assert len(chat(model, tok, ["What?"], max_new_tokens=3)) == 1
 
 
-def test_a_recipe_trains_the_small_world_from_weights_of_its_seed(tmp_path):
+def test_a_recipe_trains_the_small_world_from_weights_of_its_seed(tmp_path, in_32_bits):
     "Two seeds of one recipe start from other weights, so one step of hardly any rate leaves them different."
     from safetensors.torch import load_file
 

@@ -1,16 +1,16 @@
 """Record what the same machines teach as standards, handbook or web pages in nbs/results/kinds.json.
 
-    python tools/record_kinds.py [--seeds 5] [--plan]
+    python tools/record_kinds.py [--seeds 5] [--plan] [--runs FOLDER]
 
-The pre-trained demo model reads about 24 machines in documents of one kind, for equal tokens, among conversations about
-twelve of them. It is asked about the other twelve, and about twelve that it never read of. Every arm and seed is kept
-in the cache folder, so a cut recording goes on where it was. `--plan` runs two seeds and says what all would resolve.
+The pre-trained demo model reads about twelve machines in documents of one kind, for equal tokens, among conversations
+about six of them. It is asked about the other six, and about six that it never read of. Every arm and seed is kept in a
+folder, so a cut recording goes on where it was. `--plan` runs two seeds and says what all would resolve.
 """
 
 import argparse
 import random
 
-from domain_llm.core import cache_dir, fingerprint
+from domain_llm.core import cache_dir
 from domain_llm.data.mix import mixture, tokenize
 from domain_llm.demo.documents import make_documents
 from domain_llm.demo.facts import deal_values, demo_strings, make_facts, make_machines, make_mcq, split_taught
@@ -27,7 +27,9 @@ QUESTIONS = 4  # on each fact
 TELLINGS = 12  # of each machine in each kind, in other words
 SETTINGS = dict(tokens=150_000, documents=3, conversations=1, learning_rate=4e-4, tokens_per_step=256)
 KINDS = ("standard", "book", "web")
-ARMS = {"before": dict(kind=None)} | {kind: dict(kind=kind, **SETTINGS) for kind in KINDS}
+COUNTS = dict(machines=MACHINES, questions=QUESTIONS, tellings=TELLINGS)
+ARMS = {"before": dict(kind=None, **COUNTS)}
+ARMS |= {kind: dict(kind=kind, **COUNTS, **SETTINGS) for kind in KINDS}
 
 
 def claim(text, arm, base, metric="read", **more):
@@ -145,13 +147,12 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--seeds", type=int, default=5, help="runs of each arm, each with another world (default: 5)")
     p.add_argument("--plan", action="store_true", help="run two seeds and say what all of them would resolve")
+    p.add_argument("--runs", default=cache_dir() / "kinds", help="folder of the finished runs (default: the cache)")
     args = p.parse_args()
-    folder = cache_dir() / "kinds" / fingerprint(MACHINES, QUESTIONS)[:8]
-    runs = run_arms(measure, ARMS, range(2 if args.plan else args.seeds), folder)
+    runs = run_arms(measure, ARMS, range(2 if args.plan else args.seeds), args.runs)
     if args.plan:
         return plan(runs, args.seeds)
-    settings = dict(machines=MACHINES, questions=QUESTIONS, **SETTINGS)
-    result = dict(experiment="kinds", settings=settings, arms=ARMS, seeds=list(range(args.seeds)), runs=runs)
+    result = dict(experiment="kinds", arms=ARMS, seeds=list(range(args.seeds)), runs=runs)
     print(save_result("kinds", result | dict(claims=verdict(runs, CLAIMS))))
 
 

@@ -336,6 +336,7 @@ def train(
 ):
     """Train `model` in place on packed `rows`; gives `{'history': [...], 'best_step', 'tokens', 'steps',
     'without_labels'}` (rows left out for having no label)."""
+    from accelerate.utils import extract_model_from_parallel
     from transformers import set_seed
 
     if sharded():
@@ -357,6 +358,7 @@ def train(
         with half_precision(model), documents_apart(model), checkpointing(model, cfg["gradient_checkpointing"] is True):
             trainer = _trainer(model, args, data, names, cfg, marks, probe, keep)
             trainer.train(resume_from_checkpoint=str(once(last_checkpoint, out) or "") or None)
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)  # accelerate leaves autocast around its forward
         model.eval()
         logged, best = trainer.state.log_history, trainer.state.best_global_step
         del trainer, data
