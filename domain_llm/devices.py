@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MEMORY_ADVICE', 'running', 'share_cores', 'versions', 'machine', 'file_lines', 'peak_bytes', 'peak_memory_gb',
-           'reset_peak_memory', 'default_device', 'half_dtype', 'out_of_memory', 'memory_advice', 'shortage',
-           'disk_full']
+           'trim_memory', 'reset_peak_memory', 'default_device', 'half_dtype', 'out_of_memory', 'memory_advice',
+           'shortage', 'disk_full']
 
 # %% ../nbs/91_devices.ipynb #851689ac
+import ctypes
 import errno
 import os
 import sys
@@ -103,6 +104,13 @@ def peak_memory_gb():
     return round(peak_bytes() / 2**30, 2)
 
 # %% ../nbs/91_devices.ipynb #998f63ff
+def trim_memory():
+    "Return memory that was freed to the system, where the C library can (glibc)."
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def reset_peak_memory():
     "Start a new measurement for `peak_memory_gb` (Linux only; elsewhere it goes on)."
     try:

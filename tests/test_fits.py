@@ -381,3 +381,11 @@ def test_a_fitted_copy_of_a_rounded_model_learns_and_the_model_stays(rounded):
     copy = fitted(model, rows, **{**QLORA, "tokens_per_step": 32})
     assert probe(copy)["score"] < probe(model)["score"] - 0.5
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()) and len(before) > 10
+
+
+def test_memory_is_given_back_after_every_16_passes(tok, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(loop, "trim_memory", lambda: given.append(1))
+    set_ = {**CFG, "tokens_per_step": 2 * CFG["length"], "batch": 1, "probes": 1}
+    steps = train(tiny(tok), rows_of(60), tmp_path, set_)["steps"]
+    assert steps >= 16 and len(given) == 2 * steps // 16 + 1  # and once more at the end

@@ -6,13 +6,11 @@
 __all__ = ['EVERY', 'DIFFERS', 'watched', 'memory_figures', 'watched_training', 'peak_findings']
 
 # %% ../../nbs/96_run.peak.ipynb #7d0a51c3
-import ctypes
 import gc
-import sys
 import threading
 from contextlib import contextmanager
 
-from ..devices import peak_bytes
+from ..devices import peak_bytes, trim_memory
 from ..ranks import once, world
 from .base_model import loaded_sizes
 from .findings import warning
@@ -37,7 +35,8 @@ def watched(
         yield found
         found["most"] = torch.cuda.max_memory_allocated(device)
         return
-    _give_back()
+    gc.collect()
+    trim_memory()
     found, marked, ended = dict(before=_held()), peak_bytes(), threading.Event()
     found["most"] = found["before"]
     thread = threading.Thread(target=_look, args=(found, ended), daemon=True)
@@ -62,14 +61,6 @@ def _held():
     import psutil
 
     return psutil.Process().memory_info().rss
-
-
-def _give_back():
-    "Return freed memory to the system, where the C library can."
-    gc.collect()
-    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
 
 # %% ../../nbs/96_run.peak.ipynb #7d0a51ca
 def memory_figures(

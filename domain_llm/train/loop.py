@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core import InputError, nearest, read_json, write_json
 from ..data.rows import chosen, lengths
-from ..devices import half_dtype, memory_advice
+from ..devices import half_dtype, memory_advice, trim_memory
 from ..models import quiet
 from ..ranks import once, world
 from .batches import collate, documents_apart, labelled, pack
@@ -65,7 +65,24 @@ def keep_memory():
     finally:
         libc.mallopt(mmap_max, 65536)  # glibc's own values
         libc.mallopt(trim_threshold, 128 * 1024)
-        libc.malloc_trim(0)
+        trim_memory()
+
+
+def _trimming(every=16):
+    "A callback that gives freed memory back after so many forward passes, as what is held in pieces adds up."
+    from transformers import TrainerCallback
+
+    class Trimming(TrainerCallback):
+        passes = 0
+
+        def on_substep_end(self, args, state, control, **kw):
+            self.passes += 1
+            if self.passes % every == 0:
+                trim_memory()
+
+        on_step_end = on_substep_end
+
+    return Trimming()
 
 # %% ../../nbs/41_train.loop.ipynb #3b025fd6
 def _optimizer_class(part=None):
@@ -306,6 +323,8 @@ def _trainer(model, args, data, names, cfg, marks, probe, keep):
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(bar(marks, bool(probe)))
+    if args.use_cpu:
+        trainer.add_callback(_trimming())
     return trainer
 
 # %% ../../nbs/41_train.loop.ipynb #1d14b6fd
