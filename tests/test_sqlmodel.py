@@ -68,7 +68,7 @@ def base(rows, tmp_path_factory):
 def made(rows, plant, base, tmp_path_factory):
     pytest.importorskip("xllamacpp")
     out = tmp_path_factory.mktemp("made") / "sql"
-    return out, make_sql_model(rows, plant, str(base), out, passes=20, rate=4e-3)
+    return out, make_sql_model(rows, plant, str(base), out, passes=30, rate=4e-3)
 
 
 def test_whole_shapes_are_kept_apart():
@@ -149,12 +149,12 @@ def test_what_is_there_is_not_made_again(made, rows, plant, base, monkeypatch):
     kept = sorted(out.glob("answers/*"))
     kept[0].unlink()
     (out / "text2sql.json").unlink()
-    assert make_sql_model(rows, plant, str(base), out, passes=20, rate=4e-3) == found
+    assert make_sql_model(rows, plant, str(base), out, passes=30, rate=4e-3) == found
     assert sorted(out.glob("answers/*")) == kept
     with pytest.raises(InputError, match="made with other passes"):
         make_sql_model(rows, plant, str(base), out, passes=3, rate=4e-3)
     with pytest.raises(InputError, match="made with other questions"):
-        make_sql_model(rows[:-1], plant, str(base), out, passes=20, rate=4e-3)
+        make_sql_model(rows[:-1], plant, str(base), out, passes=30, rate=4e-3)
 
 
 def test_a_cut_training_goes_on(rows, plant, base, tmp_path, monkeypatch):
