@@ -187,7 +187,7 @@ def test_the_commands(made, plant, rows, base, tmp_path, capsys):
     examples.write_text("\n".join(json.dumps(row) for row in rows))
     out, _ = made
     asked = ["text2sql", str(plant), "--examples", str(examples), "--out", str(out), "--model", str(base)]
-    assert cli.main([*asked, "--passes", "20", "--learning-rate", "4e-3"]) == 0
+    assert cli.main([*asked, "--passes", "30", "--learning-rate", "4e-3"]) == 0
     assert "from a confidence of" in capsys.readouterr().out
     assert cli.main(["ask", str(plant), "What does Pump 17 cost?", "--model", str(out)]) == 0
     said = capsys.readouterr().out
