@@ -342,6 +342,14 @@ def _history(logged, start):
             entries.append({k.replace("eval_", ""): v for k, v in entry.items()})
     return entries
 
+
+def _ready(model):
+    "Make a trained model ready for use, without the 16-bit autocast that accelerate left around its forward pass."
+    from accelerate.utils import extract_model_from_parallel
+
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    model.eval()
+
 # %% ../../nbs/41_train.loop.ipynb #4c8b674f
 @memory_advice("training")
 def train(
@@ -355,7 +363,6 @@ def train(
 ):
     """Train `model` in place on packed `rows`; gives `{'history': [...], 'best_step', 'tokens', 'steps',
     'without_labels'}` (rows left out for having no label)."""
-    from accelerate.utils import extract_model_from_parallel
     from transformers import set_seed
 
     if sharded():
@@ -377,8 +384,7 @@ def train(
         with half_precision(model), documents_apart(model), checkpointing(model, cfg["gradient_checkpointing"] is True):
             trainer = _trainer(model, args, data, names, cfg, marks, probe, keep)
             trainer.train(resume_from_checkpoint=str(once(last_checkpoint, out) or "") or None)
-        extract_model_from_parallel(model, keep_fp32_wrapper=False)  # accelerate leaves autocast around its forward
-        model.eval()
+        _ready(model)
         logged, best = trainer.state.log_history, trainer.state.best_global_step
         del trainer, data
         gc.collect()  # the optimizer's memory goes back to the system as the block ends
