@@ -322,7 +322,7 @@ def test_the_shipped_experiment_compares_vocabularies_at_equal_characters(tmp_pa
 
 COPIES = """from transformers import LlamaConfig, LlamaForCausalLM
 import torch
-from domain_llm.devices import reset_peak_memory
+from domain_llm.devices import reset_peak_memory, trim_memory
 from domain_llm.train.loop import add_lora
 def held(what): return 1024 * int(next(x for x in open("/proc/self/status") if x.startswith(what)).split()[1])
 shape = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4)
@@ -331,6 +331,7 @@ def peak(tied, rows):
     layers = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
     tuned = add_lora(model, 4, 4, dict.fromkeys(layers, rows) if rows else None)
     ids = torch.randint(0, 60000, (1, 8))
+    trim_memory()
     reset_peak_memory()
     before = held("VmRSS")
     for _ in range(2):
