@@ -8,7 +8,6 @@ __all__ = ['MEMORY_ADVICE', 'running', 'share_cores', 'versions', 'machine', 'fi
            'shortage', 'disk_full']
 
 # %% ../nbs/91_devices.ipynb #851689ac
-import ctypes
 import errno
 import os
 import sys
@@ -106,6 +105,8 @@ def peak_memory_gb():
 # %% ../nbs/91_devices.ipynb #998f63ff
 def trim_memory():
     "Return memory that was freed to the system, where the C library can (glibc)."
+    import ctypes
+
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

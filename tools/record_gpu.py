@@ -99,9 +99,8 @@ def record(wanted, folder):
             print(f"{name} ...", flush=True)
             write_json(path, did(command, result))
         found[name] = read_json(path)
-        print(
-            f"{name}: {'failed' if 'failed' in found[name] else 'done'} in {found[name]['seconds']:.0f} s", flush=True
-        )
+        ended = "failed" if "failed" in found[name] else "done"
+        print(f"{name}: {ended} in {found[name]['seconds']:.0f} s", flush=True)
     return found
 
 

@@ -48,11 +48,11 @@ def with_methods(
     "The recipe with a method in every stage that left it open, and with why in `method_open`: stage -> reason."
     open_ = [stage for stage in training_stages(cfg) if stage in cfg["method_open"]]
     kept = _kept(cfg, out)
-    size = _size(cfg) if set(open_) - kept.keys() else None
     decided = {stage: kept[stage] for stage in open_ if stage in kept}
-    for stage in open_ if size else ():
-        method, why = decided.get(stage) or suited(cfg[stage], size, this_device())
-        decided[stage] = [method, why]
+    undecided = [stage for stage in open_ if stage not in kept]
+    size = _size(cfg) if undecided else None
+    if size:
+        decided |= {stage: suited(cfg[stage], size, this_device()) for stage in undecided}
     stages = {stage: {**cfg[stage], "method": method} for stage, (method, _) in decided.items()}
     return {**cfg, **stages, "method_open": {stage: why for stage, (_, why) in decided.items()}}
 

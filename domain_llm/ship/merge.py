@@ -182,7 +182,9 @@ def _save(write, tok, out):
         write_json(tmp / _MERGED, {"files": sorted(p.name for p in tmp.iterdir())})
 
 # %% ../../nbs/50_ship.merge.ipynb #7d1c20ab
-_FILE = 10**9  # bytes of a file of weights at most, unless one tensor is larger; so much is in memory at once
+_FILE = (
+    10**9
+)  # bytes of a file of weights at most, unless one tensor is larger; about three times that is in memory at once
 
 
 def _sources(base):
