@@ -24,6 +24,7 @@ WANTED = 0.95  # accuracy among the answered of dev
 
 def geoquery_rows(
     folder: Path,  # with geography.json and geography.sqlite
+    split: str = "question",  # which of the two splits: by "question", or by "query"
 ):
     "Rows {question, sql, split} with the variables filled in; those whose query does not run have sql None."
     con, rows = sqlite3.connect(folder / "geography.sqlite"), []
@@ -37,7 +38,13 @@ def geoquery_rows(
                 con.execute(sql).fetchall()
             except sqlite3.Error:
                 sql = None
-            rows.append(dict(question=question, sql=sql, split=sentence["question-split"]))
+            rows.append(
+                dict(
+                    question=question,
+                    sql=sql,
+                    split=sentence["question-split"] if split == "question" else entry["query-split"],
+                )
+            )
     con.close()
     return rows
 
