@@ -20,7 +20,6 @@ PLACES = ("nbs", "tests", "tools", "setup.py")
 IN_ORDER = "one story of a run or a folder, told in order"
 LAZY = "a class inside a function, so that its library is imported only when it is needed"
 LONG_FUNCTIONS = {
-    "domain_llm/train/loop.py: _optimizer_class": LAZY,
     "domain_llm/train/trainer.py: trainer_class": LAZY,
     "tools/bench_evaluate.py: lm_eval_run": LAZY,
     "tests/test_recipe.py: test_the_trained_model_is_saved_before_it_is_interpolated": IN_ORDER,

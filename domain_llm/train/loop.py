@@ -85,24 +85,48 @@ def _trimming(every=16):
     return Trimming()
 
 # %% ../../nbs/41_train.loop.ipynb #3b025fd6
+class _Masters:
+    "What an optimizer over 32-bit master copies of the weights holds, saves and loads."
+
+    weights = None
+
+    def masters(self):
+        if self.weights is None:  # made late, since the weights may be divided among processes until the first step
+            self.weights = [p for g in self.param_groups for p in g["params"]]
+            for group in self.param_groups:
+                group["params"] = [p.detach().float().clone().requires_grad_() for p in group["params"]]
+        return [p for g in self.param_groups for p in g["params"]]
+
+    def zero_grad(self, set_to_none=True):
+        for w in self.weights or ():
+            w.grad = None
+
+    def state_dict(self):
+        if self.weights is None:
+            return super().state_dict()
+        return gathered({**super().state_dict(), "masters": [m.detach() for m in self.masters()]})
+
+    def load_state_dict(self, saved):
+        import torch
+
+        if "masters" not in saved:
+            return super().load_state_dict(saved)
+        with torch.no_grad():
+            for m, w, s in zip(self.masters(), self.weights, saved["masters"]):
+                m.copy_(divided(s, m))
+                w.copy_(m)
+        states = {}
+        for n, state in saved["state"].items():
+            states[n] = {name: divided(value, self.masters()[n]) for name, value in state.items()}
+        super().load_state_dict(dict(state=states, param_groups=saved["param_groups"]))
+
+# %% ../../nbs/41_train.loop.ipynb #3b025fd7
 def _optimizer_class(part=None):
-    """AdamW over 32-bit master copies of the weights. It copies the gradients of `part` numbers at a time, or all of
-    them into memory that it keeps, which is faster on a CPU."""
+    """AdamW whose parameters are 32-bit copies. Each step takes the gradients from the weights, `part` numbers at a
+    time or, which is faster on a CPU, all into memory that it keeps, and writes the weights back."""
     import torch
 
-    class MasterAdamW(torch.optim.AdamW):
-        """AdamW whose parameters are 32-bit copies; each step takes the gradients from the weights and writes
-        the weights back."""
-
-        weights = None
-
-        def masters(self):
-            if self.weights is None:  # made late, since the weights may be divided among processes until the first step
-                self.weights = [p for g in self.param_groups for p in g["params"]]
-                for group in self.param_groups:
-                    group["params"] = [p.detach().float().clone().requires_grad_() for p in group["params"]]
-            return [p for g in self.param_groups for p in g["params"]]
-
+    class MasterAdamW(_Masters, torch.optim.AdamW):
         @torch.no_grad()
         def step(self, closure=None):
             pairs = list(zip(self.masters(), self.weights))
@@ -118,27 +142,6 @@ def _optimizer_class(part=None):
                 for m, w in some:
                     w.copy_(m)
                     m.grad = None if part else m.grad
-
-        def zero_grad(self, set_to_none=True):
-            for w in self.weights or ():
-                w.grad = None
-
-        def state_dict(self):
-            if self.weights is None:
-                return super().state_dict()
-            return gathered({**super().state_dict(), "masters": [m.detach() for m in self.masters()]})
-
-        @torch.no_grad()
-        def load_state_dict(self, saved):
-            if "masters" not in saved:
-                return super().load_state_dict(saved)
-            for m, w, s in zip(self.masters(), self.weights, saved["masters"]):
-                m.copy_(divided(s, m))
-                w.copy_(m)
-            states = {}
-            for n, state in saved["state"].items():
-                states[n] = {name: divided(value, self.masters()[n]) for name, value in state.items()}
-            super().load_state_dict(dict(state=states, param_groups=saved["param_groups"]))
 
     return MasterAdamW
 
@@ -361,8 +364,7 @@ def train(
     seed: int = 0,
     keep=None,  # folder that gets the model at every probe, as step-N; not kept when not given
 ):
-    """Train `model` in place on packed `rows`; gives `{'history': [...], 'best_step', 'tokens', 'steps',
-    'without_labels'}` (rows left out for having no label)."""
+    "Train `model` in place on packed rows; gives history, best_step, tokens, steps, without_labels (rows left out)."
     from transformers import set_seed
 
     if sharded():
@@ -389,6 +391,5 @@ def train(
         del trainer, data
         gc.collect()  # the optimizer's memory goes back to the system as the block ends
     once((Path(out) / "rows.arrow").unlink)
-    history = _history(logged, once(read_json, start) if probe else None)
-    tokens = sum(lengths(rows))
-    return dict(history=history, best_step=best or steps, steps=steps, tokens=tokens, without_labels=given - len(rows))
+    found = dict(best_step=best or steps, steps=steps, tokens=sum(lengths(rows)), without_labels=given - len(rows))
+    return dict(found, history=_history(logged, once(read_json, start) if probe else None))
