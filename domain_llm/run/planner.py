@@ -69,7 +69,7 @@ def candidates(
         found.append({**set_, "launch": launch, "cards": cards, "parts": parts, "bytes": need, "fits": fits})
     return found
 
-
+# %% ../../nbs/66_run.planner.ipynb #059fbc32
 def chosen(
     found: list,  # from `candidates`
 ):

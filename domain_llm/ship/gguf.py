@@ -141,7 +141,7 @@ def _kind(name, shape, target, layers=1):
         return "q8_0"
     return _k_kind(name, shape, target, layers) if target in _K_MIX else target
 
-
+# %% ../../nbs/51_ship.gguf.ipynb #ee6b8c2a
 def _rounded(data, kind):
     "The bytes of a float32 array in a type."
     from gguf import quants
