@@ -4,7 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from fixtures.pairs import make_pair  # noqa: E402
 
 from domain_llm.models import load, load_tokenizer, tiny  # noqa: E402
+
+HOUR = 3600  # seconds
 
 
 @pytest.fixture(scope="session")
@@ -60,21 +63,36 @@ class Runs:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "MPLBACKEND": "agg"},
         )
 
-    def run(self, path, out, seconds=None, experiment=None):
-        "Start a run (or an experiment) and SIGKILL it after some time, or let it end; gives how it ended."
-        given = [path, out, *([experiment] if experiment else [])]
+    def _ended(self, seconds, *given):
+        "How a child ended that does what is given and gets SIGKILL after some time."
         self.process.stdin.write("\t".join(map(str, given)) + "\n")
         self.process.stdin.flush()
         pid = int(self.process.stdout.readline())
-        if seconds is not None:
-            time.sleep(seconds)
-            try:
-                os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        return self.process.stdout.readline().strip()
+        killing = threading.Timer(seconds, killed, [pid])
+        killing.start()
+        ended = self.process.stdout.readline().strip()
+        killing.cancel()
+        return ended
+
+    def run(self, path, out, seconds=HOUR, experiment=None):
+        "How a run (or an experiment) ended."
+        if experiment:
+            return self._ended(seconds, "experiment", path, out, experiment)
+        return self._ended(seconds, "run", path, out)
+
+    def notebook(self, path, folder, seconds):
+        "How a notebook ended."
+        return self._ended(seconds, "notebook", path, folder)
+
+
+def killed(pid):
+    "Kill a child and what it started, if it still runs."
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

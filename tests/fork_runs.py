@@ -1,45 +1,68 @@
-"""Runs recipes in forked children, so that a run that is started and killed a hundred times loads its libraries once.
+"""Runs recipes, experiments and notebooks in forked children, so that the libraries are loaded once for all of them.
 
-Reads lines 'RECIPE<tab>FOLDER' or 'RECIPE<tab>FOLDER<tab>EXPERIMENT' from standard input; for each it forks a child in
-a session of its own, prints the child's process id, runs the recipe (or the experiment on it) there, and prints how it
-ended: 'exit CODE' or 'signal NUMBER'.
+Reads lines of tab-separated fields from standard input: 'run RECIPE FOLDER', 'experiment RECIPE FOLDER EXPERIMENT' or
+'notebook PATH FOLDER'. For each it forks a child in a session of its own, prints the child's process id, does there
+what the line says, with what it prints in FOLDER.log, and prints how it ended: 'exit CODE' or 'signal NUMBER'.
 """
 
 import os
 import sys
+import tempfile
+import traceback
+from pathlib import Path
 
 import accelerate  # noqa: F401
 import datasets  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
 import peft  # noqa: F401
 import torch  # noqa: F401
 import transformers  # noqa: F401
 import trl  # noqa: F401
+from nbdev.config import get_config
+from nbdev.test import test_nb
 
 from domain_llm.core import InputError
 from domain_llm.run.experiments import ablation
 from domain_llm.run.pipeline import run_recipe
 
 
-def child(path, out, experiment=None):
-    "The run itself; what it prints goes to FOLDER.log."
+def notebook(path, folder):
+    "Execute the cells that nbdev's settings do not leave out; temporary files go into the folder."
+    Path(folder).mkdir()
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    config = get_config()
+    passed, _ = test_nb(Path(path), config.tst_flags.split(), basepath=config.config_path)
+    return 0 if passed else 1
+
+
+def done(what, path, out, *more):
+    "The exit status of what a line asks for."
+    try:
+        if what == "notebook":
+            return notebook(path, out)
+        if what == "experiment":
+            ablation(*more, path, output=out)
+        else:
+            run_recipe(path, out)
+        return 0
+    except InputError as e:
+        print(e)
+        return 2
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def child(what, path, out, *more):
+    "The process that does what a line asks for."
     os.setsid()
     log = os.open(out + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    try:
-        if experiment:
-            ablation(experiment, path, output=out)
-        else:
-            run_recipe(path, out)
-    except InputError as e:
-        print(e, flush=True)
-        os._exit(2)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+    status = done(what, path, out, *more)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 for line in sys.stdin:

@@ -41,18 +41,10 @@ def test_a_worker_computes_as_the_processes_that_it_starts():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs(path, tmp_path):
+def test_notebook_runs(path, runs, tmp_path):
     "In a process of its own, with a time limit, slow and cuda cells left out."
-    env = {**os.environ, "MPLBACKEND": "agg", "TMPDIR": str(tmp_path)}
-    p = subprocess.run(
-        ["nbdev_test", "--path", str(path), "--n_workers", "0", "--do_print"],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert p.returncode == 0, (p.stdout + p.stderr)[-4000:]
+    folder = tmp_path / "files"
+    assert runs.notebook(path, folder, seconds=1500) == "exit 0", Path(f"{folder}.log").read_text()[-4000:]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
