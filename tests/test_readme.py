@@ -1,4 +1,4 @@
-"""The Chinese README says what the English one says; the glossary's links lead somewhere."""
+"""The Chinese README and first chapter say what the English ones say; the glossary's links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -72,6 +72,18 @@ def test_counts_of_verdicts_follow_from_the_english_table():
         counts = [[int(cell) for cell in row.split("|")[2:6] if cell.strip().isdigit()] for row in rows]
         fits = [c for c in counts if len(c) == 4 and c[3] == still and sum(c) == all_claims]
         assert any([n == 0 for n in c[:3]] == none for c in fits), line
+
+
+def test_the_chinese_chapter_has_the_code_links_and_figures_of_the_english_one():
+    english, chinese = (nbformat.read(ROOT / "nbs" / f"00_start{lang}.ipynb", 4).cells for lang in ("", "_zh"))
+    assert [(cell.id, cell.cell_type) for cell in chinese] == [(cell.id, cell.cell_type) for cell in english]
+    for theirs, ours in zip(english, chinese):
+        if ours.cell_type == "code":
+            assert ours.source == theirs.source
+        else:
+            assert set(figures(theirs.source)) <= set(figures(ours.source)), ours.id
+            assert set(targets(theirs.source)) - {"00_start_zh.ipynb"} <= set(targets(ours.source)), ours.id
+            assert re.search(r"[\u4e00-\u9fff]", ours.source), ours.id
 
 
 def test_the_readmes_link_each_other():

@@ -29,8 +29,9 @@ STALE = 2  # minutes by which an entry may be wrong; a quarter where that is mor
 
 
 def chapters():
-    "The notebooks of the course, in order; those of the appendix are not among them."
-    return sorted(path for path in (ROOT / "nbs").glob("*.ipynb") if path.name[0] in "0123456")
+    "The notebooks of the course, in order; those of the appendix and translations are not among them."
+    found = sorted((ROOT / "nbs").glob("[0-6]*.ipynb"))
+    return [path for path in found if not path.stem.endswith("_zh")]
 
 
 def reading_minutes(
