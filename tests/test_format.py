@@ -15,6 +15,8 @@ import pytest
 from fixtures.families import FAMILIES, STOPS, carried_by_trl, characters, family
 
 from domain_llm.models import tiny
+from domain_llm.ship.fidelity import compare_with_original
+from domain_llm.ship.gguf import export_gguf
 from domain_llm.train.format import (
     answer_faults,
     begin_findings,
@@ -44,6 +46,7 @@ DEFAULTS = {
     "smollm2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
 }
 TALK = turns(*TALKS["en"])
+BEGINS = {"glm4": ["a text begins with the tokens"]}  # with [gMASK] alone in llama.cpp; conversations do not
 
 
 @pytest.fixture
@@ -110,6 +113,21 @@ def test_a_published_format_is_kept(named, name, language, system, several):
         assert tok.decode(a["row"]["input_ids"][: a["start"]]) == text
     assert levels(found) == []
     assert any(f"{len(answers)} answer" in note and "Generation stops there." in note for note in said(found, "note"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_llama_cpp_sends_the_model_the_tokens_of_training(named, name, tmp_path):
+    "Its own reading of a published template, in either language, with and without a system message, in several turns."
+    tok = named(name)
+    model = tiny(tok)
+    for part in (model, tok):
+        part.save_pretrained(tmp_path / "model")
+    talks = []
+    for language, system, length in product(("en", "zh"), (False, name not in NO_SYSTEM), (1, 3)):
+        talks.append(turns(*[SYSTEM[language]] * system, *TALKS[language][:length]))
+    file = export_gguf(tmp_path / "model", tmp_path / "gguf", "f32")["f32"]
+    found = compare_with_original(file, model, tok, talks, max_tokens=1)
+    assert [problem[:29] for problem in found["problems"]] == BEGINS.get(name, [])
 
 
 MARKED = {  # the published template with transformers' marks of what the assistant writes, by hand

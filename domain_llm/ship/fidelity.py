@@ -84,27 +84,33 @@ def _first_difference(a, b):
     return next(differing, min(len(a), len(b)))
 
 # %% ../../nbs/53_ship.fidelity.ipynb #01331cec
-def _begun_by_itself(url, tok, got, want):
-    "Whether llama.cpp left out the token for begin of text, which it puts before every prompt, and nothing else."
-    begin = tok.bos_token or ""
-    if not begin or got != want.removeprefix(begin):
-        return False
-    return _server_ids(url, got, True)[:1] == [tok.bos_token_id]
+def _cut_differently(text, got, want):
+    "The sentence that tells of a text whose token ids differ."
+    return (
+        f"{text[:40]!r} becomes {len(got)} tokens in the file and {len(want)} in the original, "
+        f"different from number {_first_difference(got, want)}"
+    )
+
+
+def _prompt_problems(url, tok, turns):
+    "What is wrong with the prompt that the server makes of a conversation, as a list of at most one sentence."
+    text = post(url + "/apply-template", dict(messages=turns))["prompt"]
+    want = _rendered(tok, turns)
+    sent, trained = _server_ids(url, text, True), tok(want, add_special_tokens=False)["input_ids"]
+    if sent == trained:
+        return []
+    if text in (want, want.removeprefix(tok.bos_token or "")):  # the server puts begin of text before every prompt
+        return [_cut_differently(want, sent, trained)]
+    at = _first_difference(text, want)
+    return [
+        f"the chat template renders differently from character {at}: {text[at : at + 40]!r} in the file, "
+        f"{want[at : at + 40]!r} in the original"
+    ]
 
 
 def _template_problems(url, tok, conversations):
-    "The first conversation that the two chat templates render differently, as a list of at most one sentence."
-    for turns in conversations:
-        want = _rendered(tok, turns)
-        got = post(url + "/apply-template", dict(messages=turns))["prompt"]
-        if got == want or _begun_by_itself(url, tok, got, want):
-            continue
-        at = _first_difference(got, want)
-        return [
-            f"the chat template renders differently from character {at}: {got[at : at + 40]!r} in the file, "
-            f"{want[at : at + 40]!r} in the original"
-        ]
-    return []
+    "The first conversation that reaches the model in other tokens than in training, as a list of at most one sentence."
+    return next(filter(None, (_prompt_problems(url, tok, turns) for turns in conversations)), [])
 
 # %% ../../nbs/53_ship.fidelity.ipynb #1ba01a35
 def _special_problems(url, tok):
@@ -122,28 +128,21 @@ def _special_problems(url, tok):
 
 # %% ../../nbs/53_ship.fidelity.ipynb #ecbc99bf
 def _token_problems(url, tok, texts):
-    "The texts that the two tokenizers cut differently, as sentences."
+    "Texts that begin or are cut differently by the two tokenizers, as sentences."
     found = []
-    for text in texts:
-        got = _server_ids(url, text, True)
-        want = list(tok(text)["input_ids"])
-        if got == want:
-            continue
-        at = _first_difference(got, want)
-        found.append(
-            f"{text[:40]!r} becomes {len(got)} tokens in the file and {len(want)} in the original, "
-            f"different from number {at}"
-        )
-    return found
+    got, want = _server_ids(url, texts[0], True), tok(texts[0])["input_ids"]
+    plain = [(text, _server_ids(url, text, False), tok(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    if got != want and plain[0][1] == plain[0][2]:
+        found.append(f"a text begins with the tokens {got[:3]} in the file and {want[:3]} in the original")
+    return found + [_cut_differently(text, ours, theirs) for text, ours, theirs in plain if ours != theirs]
 
 
 def _compare_text(url, tok, conversations):
     "Problems with chat template, special tokens and token ids, as sentences, by kind."
-    texts = PROBES + [_rendered(tok, turns) for turns in conversations]
     return dict(
         template=_template_problems(url, tok, conversations),
         special=_special_problems(url, tok),
-        tokens=_token_problems(url, tok, texts),
+        tokens=_token_problems(url, tok, PROBES),
     )
 
 # %% ../../nbs/53_ship.fidelity.ipynb #9ccf9aee
