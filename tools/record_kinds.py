@@ -39,7 +39,9 @@ def claim(text, arm, base, metric, more=False, **rest):
 CLAIMS = [
     claim("standards teach more than web pages, asked in the handbook's words", "standard", "web", "read in book"),
     claim("the handbook teaches more than web pages, asked in a standard's words", "book", "web", "read in standard"),
-    claim("standards teach their facts, asked in the handbook's words", "standard", "before", "read in book", control=True),
+    claim(
+        "standards teach their facts, asked in the handbook's words", "standard", "before", "read in book", control=True
+    ),
     claim("standards teach facts that they do not state", "standard", "before", "unread in book"),
 ]
 
