@@ -95,7 +95,10 @@ def test_a_review_by_keyboard_over_a_reload_and_a_change_of_language(reviewed):
         assert page.run("[at, $('comment').value]") == [3, "halfway"]
         tab_to(page, "lang")
         page.run("$('lang').value = 'zh'; $('lang').dispatchEvent(new Event('change'))")
-        assert page.run("[$('comment').value, $('title')?.textContent ?? document.title]") == ["halfway", "哪个回答更好？"]
+        assert page.run("[$('comment').value, $('title')?.textContent ?? document.title]") == [
+            "halfway",
+            "哪个回答更好？",
+        ]
         page.press("4", "1")
         assert page.run("$('said').textContent") == "已保存。"
         page.run("$('lang').value = 'en'; $('lang').dispatchEvent(new Event('change'))")
@@ -216,7 +219,9 @@ def test_numbers_of_the_chart_are_not_cut(plant):
     with browser.Browser("phone") as page:
         page.open(plant.url + "/")
         page.wait("document.querySelector('#nearest button')")
-        page.run("get('run', { sql: 'SELECT name, price / 7 AS x FROM machines WHERE machine_id > 297', question: '' })")
+        page.run(
+            "get('run', { sql: 'SELECT name, price / 7 AS x FROM machines WHERE machine_id > 297', question: '' })"
+        )
         page.wait("document.querySelector('#chart svg')")
         outside = """(edge => [...document.querySelectorAll("#chart text")].filter(
             text => text.getBoundingClientRect().right > edge + 1).length)($("chart").getBoundingClientRect().right)"""

@@ -1,4 +1,4 @@
-"""The installed Chromium without a window, led through a pipe: for pictures of the pages, and for tests of what they do.
+"""The installed Chromium without a window, led through a pipe: for pictures of the pages and for their tests.
 
 Chromium reads commands from file descriptor 3 and answers on 4, as JSON with a zero byte at each end (the Chrome
 DevTools Protocol, https://chromedevtools.github.io/devtools-protocol). So no driver has to be installed.
@@ -101,7 +101,9 @@ class Browser:
 
     def run(self, script: str):
         "The value of a JavaScript expression, as JSON can hold it."
-        found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True)
+        found = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True
+        )
         if "exceptionDetails" in found:
             raise RuntimeError(found["exceptionDetails"]["exception"].get("description", script))
         return found["result"].get("value")
@@ -129,12 +131,11 @@ class Browser:
     def picture(
         self,
         path,  # PNG file to write
-        whole: bool = False,  # the whole page instead of what the window shows
     ):
-        "Take a picture of the page."
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = dict(clip=dict(x=0, y=0, width=size["width"], height=size["height"], scale=1)) if whole else {}
-        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **clip)
+        "Take a picture of the page from its top to the end of its content."
+        width, height = self.run("[innerWidth, Math.ceil(document.body.getBoundingClientRect().bottom + scrollY)]")
+        clip = dict(x=0, y=0, width=width, height=height, scale=1)
+        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
         Path(path).write_bytes(base64.b64decode(shot["data"]))
 
     def __enter__(self):
