@@ -12,7 +12,8 @@ from test_web import Server
 
 from domain_llm.core import read_json
 from domain_llm.judge.packet import build_packet
-from domain_llm.ship.marks import write_page
+from domain_llm.run.review_result import collect_review
+from domain_llm.ship.marks import keep_mark, write_page
 
 pytestmark = pytest.mark.skipif(browser.chromium() is None, reason="needs Chromium: apt-get install chromium")
 
@@ -113,6 +114,14 @@ def test_a_review_by_keyboard_over_a_reload_and_a_change_of_language(reviewed):
     assert [mark["mark"] for mark in seen] == ["left", "right", "tie", "both bad", "left"]
     assert [mark.get("comment") for mark in seen] == [None, None, None, "halfway", None]
     assert not any(name in path.read_text() for name in ("secret-7b", "base-13b"))
+    with browser.Browser("phone", "zh") as page:
+        page.open(address)
+        page.run("enter('R1')")
+        page.wait("!$('work').hidden")
+        chosen = page.call("Runtime.evaluate", expression="$('file')")["result"]["objectId"]
+        page.call("DOM.setFileInputFiles", files=[str(path)], objectId=chosen)
+        page.wait("$('said').textContent === '已导入 5 个评分。'")
+        assert json.loads(page.run("content()")) == found
 
 
 def test_marks_of_another_tab_and_late_comments_stay(reviewed):
@@ -185,6 +194,19 @@ def test_the_served_page_says_the_same_after_a_change_of_language(tmp_path):
             page.wait("typeof $ === 'function' && !$('work').hidden && Object.keys(marks).length === 2")
     finally:
         served.kill()
+
+
+def test_the_report_of_a_review_fits_a_phone(reviewed):
+    folder, _ = reviewed
+    key = read_json(folder / "key.json")
+    for row in key["items"]:
+        mark = dict(mark=row.get("known") or "left", at="1")
+        keep_mark(folder / "marks.sqlite", key["packet"], row["reviewer"], row["item"], mark)
+    collect_review(folder / "marks.sqlite", folder / "key.json", folder / "out")
+    with browser.Browser("phone") as page:
+        page.open((folder / "out" / "report.html").as_uri())
+        assert page.run("document.documentElement.scrollWidth") == 390
+        assert page.run("document.querySelector('td').offsetHeight") < 100, "names of models need a few lines"
 
 
 @pytest.fixture(scope="module")
