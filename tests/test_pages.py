@@ -64,6 +64,18 @@ def tab_to(page, wanted):
     raise AssertionError(f"Tab does not reach {wanted}")
 
 
+def imported(address, path):
+    "What a fresh browser holds after the import of a file of five marks."
+    with browser.Browser("phone", "zh") as page:
+        page.open(address)
+        page.run("enter('R1')")
+        page.wait("!$('work').hidden")
+        chosen = page.call("Runtime.evaluate", expression="$('file')")["result"]["objectId"]
+        page.call("DOM.setFileInputFiles", files=[str(path)], objectId=chosen)
+        page.wait("$('said').textContent === '已导入 5 个评分。'")
+        return page.run("content()")
+
+
 @pytest.mark.parametrize("size, lang", BOTH)
 def test_the_review_page_fits(size, lang, tmp_path):
     for rubric in (None, RUBRIC):
@@ -114,14 +126,7 @@ def test_a_review_by_keyboard_over_a_reload_and_a_change_of_language(reviewed):
     assert [mark["mark"] for mark in seen] == ["left", "right", "tie", "both bad", "left"]
     assert [mark.get("comment") for mark in seen] == [None, None, None, "halfway", None]
     assert not any(name in path.read_text() for name in ("secret-7b", "base-13b"))
-    with browser.Browser("phone", "zh") as page:
-        page.open(address)
-        page.run("enter('R1')")
-        page.wait("!$('work').hidden")
-        chosen = page.call("Runtime.evaluate", expression="$('file')")["result"]["objectId"]
-        page.call("DOM.setFileInputFiles", files=[str(path)], objectId=chosen)
-        page.wait("$('said').textContent === '已导入 5 个评分。'")
-        assert json.loads(page.run("content()")) == found
+    assert json.loads(imported(address, path)) == found
 
 
 def test_marks_of_another_tab_and_late_comments_stay(reviewed):
@@ -280,3 +285,19 @@ def test_an_offer_that_is_taken_by_keyboard_does_not_lose_the_focus(plant):
         page.wait(FREE.format("row"))
         assert page.run(FOCUS) == "status"
         tab_to(page, "table")
+
+
+def test_a_key_is_asked_for_and_the_focus_goes_on_to_the_question(tmp_path):
+    server = Server(tmp_path, "--api-key", "one")
+    try:
+        with browser.Browser("phone", "zh") as page:
+            page.open(server.url + "/")
+            page.wait("!$('keyForm').hidden && $('status').textContent === '此服务器需要密钥。'")
+            assert page.run(FAULTS) == []
+            page.write("one")
+            page.press("Enter")
+            page.wait("document.querySelector('#nearest button')")
+            assert page.run(FOCUS) == "question"
+    finally:
+        server.stop()
+        server.process.stdout.close()
