@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import get_args
 
+import browser
 import pytest
 import yaml
 
@@ -154,6 +155,16 @@ def test_report_opens_without_a_network(whole):
     Links().feed(page)
     assert not links and page.count("<svg") == 5
     assert "domain-llm chat" in page and "95% interval" in page
+
+
+@pytest.mark.skipif(browser.chromium() is None, reason="needs Chromium: apt-get install chromium")
+def test_report_fits_a_phone(whole):
+    with browser.Browser("phone") as page:
+        page.open((whole[1] / "report.html").as_uri())
+        page.run("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+        assert page.run("[document.documentElement.scrollWidth, innerWidth]") == [390, 390]
+        heights = page.run("[...document.querySelectorAll('summary')].map(part => part.offsetHeight)")
+        assert heights and min(heights) >= 44
 
 
 def test_measured_peaks_stand_beside_their_estimates_and_the_run_and_the_report_say_the_same(whole):

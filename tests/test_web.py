@@ -14,9 +14,12 @@ import time
 from html.parser import HTMLParser
 
 import pytest
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
 from fixtures.plant import EVIL, make_plant
 
 from domain_llm.core import InputError, read_jsonl
+from domain_llm.ship.door import add_errors
 from domain_llm.ship.feedback import good_rows, keep_feedback, open_feedback
 from domain_llm.ship.serve import post
 
@@ -350,6 +353,21 @@ def test_a_database_that_is_gone(start):
     assert "现在无法使用" in answer["error"]["message"]
     server.stop(signal.SIGKILL)
     assert str(server.database) in (server.database.parent / "log").read_text()
+
+
+def test_an_error_that_nobody_foresaw_is_said_in_the_language_of_the_request():
+    app = FastAPI()
+    add_errors(app)
+
+    @app.get("/{lang}")
+    def fail(lang: str, request: Request):
+        request.state.lang = lang
+        raise RuntimeError("secret")
+
+    client = TestClient(app, raise_server_exceptions=False)
+    for lang, said in (("en", "The log says what"), ("zh", "原因见日志")):
+        reply = client.get(f"/{lang}")
+        assert reply.status_code == 500 and said in reply.json()["error"]["message"] and "secret" not in reply.text
 
 
 @pytest.mark.parametrize("tables", [("feedback (text TEXT)",), ("feedback (question TEXT)", "machines (name TEXT)")])

@@ -93,8 +93,9 @@ def add_errors(
         return JSONResponse(_error(_in_language(request, unavailable)), 503)
 
     @app.exception_handler(Exception)
-    def unknown(_, e):
-        return JSONResponse(_error("Something went wrong here. The log says what."), 500)
+    def unknown(request, e):
+        said = dict(en="Something went wrong here. The log says what.", zh="这里出了错，原因见日志。")
+        return JSONResponse(_error(_in_language(request, said)), 500)
 
 # %% ../../nbs/95_ship.door.ipynb #649d081f
 _BODY = 2**16  # bytes of a request's body
