@@ -215,7 +215,7 @@ def _sentences(found, say):
     "The sentences of a report that are made of its figures, in the speaker's language."
     before, after, screened, by = found["before"], found["after"], found["screen"], found["by"]
     findings = worth(before["domain_bpb"], before["general_bpb"], say)
-    notes = by["pretrain"]["metrics"]["notes"] if "pretrain" in by else []
+    notes = by["pretrain"]["metrics"].get("notes", []) if "pretrain" in by else []
     checks = found["checks"]["checks"] if found["checks"] else {}
     return dict(
         verdict=run_verdict(before, after, found["budget"], found["metrics"]["share_kept"], say),

@@ -109,7 +109,9 @@ def _said_reviewers(found, say):
         if c := found["calibration"].get(name):
             state = say("passed") if c["passed"] else say("FAILED, marks set apart")
             counts = {key: c[key] for key in ("missed", "n", "allowed")}
-            line += say("; calibration: %(missed)s of %(n)s missed, %(allowed)s allowed: %(state)s", state=state, **counts)
+            line += say(
+                "; calibration: %(missed)s of %(n)s missed, %(allowed)s allowed: %(state)s", state=state, **counts
+            )
         if s := found["self_agreement"].get(name):
             line += say("; same mark again: %(same)s of %(n)s", same=s["same"], n=s["n"])
         lines.append(line + (say("; %(seconds)s s a mark", seconds=r["seconds"]) if r["seconds"] else ""))
