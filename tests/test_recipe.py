@@ -15,7 +15,7 @@ from typing import get_args
 import browser
 import pytest
 import yaml
-from fixtures.languages import figures, left_in_english
+from fixtures.languages import left_in_english, shown_figures
 
 from domain_llm.core import InputError, read_json, read_jsonl, write_json, write_jsonl
 from domain_llm.data.mix import tokenize
@@ -160,7 +160,7 @@ def test_report_opens_without_a_network(whole):
 
 def test_the_chinese_report_says_what_the_english_one_says(whole):
     out, english, chinese = whole[1], *((whole[1] / name).read_text() for name in ("report.html", "report.zh.html"))
-    assert figures(chinese) == figures(english)
+    assert shown_figures(chinese) == shown_figures(english)
     corpus, checks = read_json(out / "corpus" / "report.json"), read_json(out / "quantize" / "checks.json")
     found = [row for rows in corpus["examples"].values() for row in rows]
     found += read_json(out / "answers" / "answers.json") + checks["answers"]

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from fixtures.languages import figures, left_in_english
+from fixtures.languages import left_in_english, shown_figures
 from fixtures.report_run import STAGES, write_run
 
 import domain_llm
@@ -186,8 +186,8 @@ def test_the_chinese_page_has_no_english_sentence(pages):
 
 def test_both_pages_have_the_same_figures(pages):
     english, chinese = pages
-    assert figures(english) == figures(chinese) and english.count("<svg") == 6
-    assert len(figures(english)[1]) > 50
+    assert shown_figures(english) == shown_figures(chinese) and english.count("<svg") == 6
+    assert len(shown_figures(english)[1]) > 50
 
 
 def test_the_chinese_page_has_the_warnings_and_the_kept_sentences(pages):

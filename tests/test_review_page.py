@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from fixtures.languages import figures, left_in_english
+from fixtures.languages import left_in_english, shown_figures
 from test_cli import call, lines
 
 from domain_llm.core import InputError, read_json, read_jsonl, write_json
@@ -164,7 +164,9 @@ def test_from_the_command_line_to_the_report(tmp_path, capsys, monkeypatch):
     assert "&lt;b&gt;note" in report and "<b>note" not in report and report.count("<svg") == 2
     chinese = (folder / "report.zh.html").read_text()
     assert left_in_english(chinese, texts_of(key)) == [] and len(left_in_english(report, texts_of(key))) > 10
-    assert figures(chinese) == figures(report) and "<td>不一致</td>" in chinese and "&lt;b&gt;note" in chinese
+    assert (
+        shown_figures(chinese) == shown_figures(report) and "<td>不一致</td>" in chinese and "&lt;b&gt;note" in chinese
+    )
 
 
 @pytest.mark.parametrize(
