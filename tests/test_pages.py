@@ -6,12 +6,14 @@ import time
 import browser
 import pytest
 from fixtures.plant import EVIL
+from fixtures.report_run import STAGES, write_run
 from test_review_page import EVIL as TEXTS
 from test_review_page import Served, questions, review_folder, wrote
 from test_web import Server
 
 from domain_llm.core import read_json
 from domain_llm.judge.packet import build_packet
+from domain_llm.run.report import write_report
 from domain_llm.run.review_result import collect_review
 from domain_llm.ship.marks import keep_mark, write_page
 
@@ -209,9 +211,34 @@ def test_the_report_of_a_review_fits_a_phone(reviewed):
         keep_mark(folder / "marks.sqlite", key["packet"], row["reviewer"], row["item"], mark)
     collect_review(folder / "marks.sqlite", folder / "key.json", folder / "out")
     with browser.Browser("phone") as page:
-        page.open((folder / "out" / "report.html").as_uri())
-        assert page.run("document.documentElement.scrollWidth") == 390
-        assert page.run("document.querySelector('td').offsetHeight") < 100, "names of models need a few lines"
+        for name, other in (("report.html", "report.zh.html"), ("report.zh.html", "report.html")):
+            page.open((folder / "out" / name).as_uri())
+            assert page.run("document.documentElement.scrollWidth") == 390
+            assert page.run("document.querySelector('td').offsetHeight") < 100, "names of models need a few lines"
+            leads_to_the_other_language(page, other)
+
+
+def leads_to_the_other_language(page, other):
+    "The link at the top right is large enough for a thumb, alone in its place, and leads to the other page."
+    link = "document.querySelector('a[hreflang]')"
+    box = page.run(f"(({{ top, right, height }}) => ({{ top, right, height }}))({link}.getBoundingClientRect())")
+    assert box["height"] >= 44 and box["top"] < 60 and 300 < box["right"] <= 390
+    page.run(f"{link}.click()")
+    page.wait(f"document.readyState === 'complete' && location.pathname.endsWith('/{other}')")
+
+
+@pytest.mark.parametrize("size", browser.SIZES)
+def test_the_report_of_a_run_fits_in_both_languages(size, tmp_path):
+    folder = write_run(tmp_path)
+    write_report(folder, folder, dict(name="a_long_name_" * 9, model="owner/base", seed=0), STAGES)
+    with browser.Browser(size) as page:
+        for name in ("report.html", "report.zh.html"):
+            page.open((folder / name).as_uri())
+            page.run("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+            assert page.run(FAULTS) == []
+            assert page.run("document.documentElement.lang") == ("zh" if "zh" in name else "en")
+        if size == "phone":
+            leads_to_the_other_language(page, "report.html")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from typing import get_args
 import browser
 import pytest
 import yaml
+from fixtures.languages import left_in_english, shown_figures
 
 from domain_llm.core import InputError, read_json, read_jsonl, write_json, write_jsonl
 from domain_llm.data.mix import tokenize
@@ -153,18 +154,29 @@ def test_report_opens_without_a_network(whole):
             links.extend(v for k, v in attrs if k in ("src", "href") and not v.startswith("#"))
 
     Links().feed(page)
-    assert not links and page.count("<svg") == 5
+    assert links == ["report.zh.html"] and page.count("<svg") == 5
     assert "domain-llm chat" in page and "95% interval" in page
+
+
+def test_the_chinese_report_says_what_the_english_one_says(whole):
+    out, english, chinese = whole[1], *((whole[1] / name).read_text() for name in ("report.html", "report.zh.html"))
+    assert shown_figures(chinese) == shown_figures(english)
+    corpus, checks = read_json(out / "corpus" / "report.json"), read_json(out / "quantize" / "checks.json")
+    found = [row for rows in corpus["examples"].values() for row in rows]
+    found += read_json(out / "answers" / "answers.json") + checks["answers"]
+    free = {text for row in found for text in row.values() if isinstance(text, str)}
+    assert left_in_english(chinese, free) == [] and len(left_in_english(english, free)) > 20
 
 
 @pytest.mark.skipif(browser.chromium() is None, reason="needs Chromium: apt-get install chromium")
 def test_report_fits_a_phone(whole):
     with browser.Browser("phone") as page:
-        page.open((whole[1] / "report.html").as_uri())
-        page.run("document.querySelectorAll('details').forEach(part => { part.open = true; })")
-        assert page.run("[document.documentElement.scrollWidth, innerWidth]") == [390, 390]
-        heights = page.run("[...document.querySelectorAll('summary')].map(part => part.offsetHeight)")
-        assert heights and min(heights) >= 44
+        for name in ("report.html", "report.zh.html"):
+            page.open((whole[1] / name).as_uri())
+            page.run("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+            assert page.run("[document.documentElement.scrollWidth, innerWidth]") == [390, 390]
+            heights = page.run("[...document.querySelectorAll('summary')].map(part => part.offsetHeight)")
+            assert heights and min(heights) >= 44
 
 
 def test_measured_peaks_stand_beside_their_estimates_and_the_run_and_the_report_say_the_same(whole):
@@ -200,7 +212,7 @@ def test_a_probe_of_one_document_has_no_interval_and_says_so(whole, tmp_path):
     ]
     metrics = write_report(tmp_path / "out", tmp_path, dict(name="x", model="m", seed=0), plan)
     assert metrics["general_bpb_after_low"] is None and "one document, so no interval" in metrics["verdict"]
-    for name in ("metrics.json", "report.html", "MODEL_CARD.md"):
+    for name in ("metrics.json", "report.html", "report.zh.html", "MODEL_CARD.md"):
         text = (tmp_path / name).read_text()
         assert "NaN" not in text and "nan to" not in text and "None to" not in text
 

@@ -1,9 +1,26 @@
-"""The verdict says no more than the intervals do."""
+"""The verdict says no more than the intervals do, and both languages say the same."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
 
 import pytest
+from fixtures.languages import left_in_english, shown_figures
+from fixtures.report_run import STAGES, write_run
 
+import domain_llm
+from domain_llm.core import ENGLISH, speaker, translations
+from domain_llm.data.tasks import NEEDS
+from domain_llm.judge.review import _compared
+from domain_llm.judge.reviewers import ROWS
 from domain_llm.run.figures import plot_interpolation
-from domain_llm.run.report import run_verdict
+from domain_llm.run.report import NOTES, page_environment, run_verdict, write_report
+from domain_llm.ship.fidelity import PROBLEMS
+
+PACKAGE = Path(domain_llm.__file__).parent
+TEMPLATES = ("report.html.jinja", "review_report.html.jinja")
+CHINESE = translations("zh")
 
 
 def exam(accuracy, low=None, high=None, **more):
@@ -16,7 +33,16 @@ def text(bpb, low=None, high=None):
     return dict(bpb=bpb, low=bpb - 0.1, high=bpb + 0.1, bytes=1000, change=change)
 
 
-def said(mcq=(0.1, 0.3), domain=(-0.5, -0.3), general=(0.0, 0.1), after=1.05, common=(-0.05, 0.05), share=1.0, **more):
+def said(
+    mcq=(0.1, 0.3),
+    domain=(-0.5, -0.3),
+    general=(0.0, 0.1),
+    after=1.05,
+    common=(-0.05, 0.05),
+    share=1.0,
+    say=ENGLISH,
+    **more,
+):
     before = dict(domain_mcq=exam(0.25), general_mcq=exam(0.7), domain_bpb=text(1.0), general_bpb=text(1.0))
     now = dict(
         domain_mcq=exam(0.45, *mcq, **more),
@@ -24,7 +50,7 @@ def said(mcq=(0.1, 0.3), domain=(-0.5, -0.3), general=(0.0, 0.1), after=1.05, co
         domain_bpb=text(0.6, *domain),
         general_bpb=text(after, *general),
     )
-    return run_verdict(before, now, 0.09, share)
+    return run_verdict(before, now, 0.09, share, say)
 
 
 def test_learnt_and_reads_better_only_where_the_interval_leaves_zero_out():
@@ -72,3 +98,113 @@ def test_the_curve_of_interpolation_shows_every_point():
         [-12.5, -18.75, -25, -50]
     )
     assert plot_interpolation(dict(pretrain=history[:2])) is None
+
+
+def messages_of(template):
+    "The messages of a template in the package."
+    text = (PACKAGE / "assets" / template).read_text(encoding="utf-8")
+    for _, _, found in page_environment(template).extract_translations(text, ("_", "gettext", "ngettext")):
+        yield from (found if isinstance(found, tuple) else (found,))
+
+
+def speaking_modules():
+    "The modules that make sentences with `say` or ENGLISH, with their syntax trees."
+    for path in sorted(PACKAGE.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "ENGLISH" in text and path.name != "core.py":
+            name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+            yield importlib.import_module(name), ast.parse(text)
+
+
+def sentences():
+    "The messages that code gives to `say` or ENGLISH: a text, or a constant of the module."
+    for module, tree in speaking_modules():
+        calls = [x for x in ast.walk(tree) if isinstance(x, ast.Call) and isinstance(x.func, ast.Name)]
+        for call in calls:
+            if call.func.id in ("say", "ENGLISH"):
+                said = call.args[0]
+                assert isinstance(said, ast.Constant | ast.Name), f"{module.__name__}, line {call.lineno}"
+                yield said.value if isinstance(said, ast.Constant) else getattr(module, said.id)
+
+
+def reasons():
+    "Why cleaning takes a document out or changes it, as the code of the data modules names it."
+    for path in (PACKAGE / "data" / name for name in ("corpus.py", "leaks.py", "reworded.py")):
+        for x in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = isinstance(x, ast.keyword) and x.arg == "reason"
+            named |= isinstance(x, ast.Assign) and getattr(x.targets[0], "id", "") == "reason"
+            given = [x.value] if named else []
+            if isinstance(x, ast.Dict):
+                given += [v for k, v in zip(x.keys, x.values) if getattr(k, "value", "") == "reason"]
+            found = [y for value in given if not isinstance(value, ast.Subscript) for y in ast.walk(value)]
+            yield from (y.value for y in found if isinstance(y, ast.Constant) and isinstance(y.value, str))
+
+
+def fields(message):
+    return sorted(re.findall(r"%\((\w+)\)s|(%%)", message))
+
+
+def test_every_message_has_its_chinese_with_the_same_fields():
+    kept = {
+        *reasons(),
+        *NEEDS.values(),
+        *NOTES,
+        *PROBLEMS,
+        *ROWS,
+        *(_compared(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)),
+    }
+    templates = {message for template in TEMPLATES for message in messages_of(template) if message}
+    spoken = set(sentences())
+    assert len(templates) > 100 and len(spoken) > 50 and {"near-duplicate", "reworded, removed"} <= kept
+    assert not (templates | spoken | kept) - set(CHINESE), "to be translated in assets/report_zh.json"
+    assert not set(CHINESE) - (templates | spoken | kept), "translations of what nobody says any more"
+    assert [m for m, chinese in CHINESE.items() if set(fields(m)) != set(fields(chinese))] == []
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_has_no_english_outside_its_messages(template):
+    text = (PACKAGE / "assets" / template).read_text(encoding="utf-8")
+    text = re.sub(r"{% trans\b.*?{% endtrans %}|{[{%].*?[%}]}|<style>.*?</style>|<pre>.*?</pre>", " ", text, flags=re.S)
+    words = re.findall(r"[A-Za-z]{2,}", re.sub(r"<[^>]+>|&\w+;", " ", text))
+    assert set(words) == ({"English", "trained", "MB"} if template == TEMPLATES[0] else {"English"})
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    "Both pages of a run that has every stage and every warning."
+    folder = write_run(tmp_path_factory.mktemp("run"))
+    write_report(folder, folder, dict(name="x", model="owner/base", seed=0), STAGES)
+    return [(folder / name).read_text(encoding="utf-8") for name in ("report.html", "report.zh.html")]
+
+
+def test_the_chinese_page_has_no_english_sentence(pages):
+    english, chinese = pages
+    assert left_in_english(chinese, ["X shall mean"]) == [] and len(left_in_english(english)) > 50
+    assert '<html lang="en">' in english and '<html lang="zh">' in chinese
+    assert 'href="report.zh.html"' in english and 'href="report.html"' in chinese and "<script" not in english + chinese
+
+
+def test_both_pages_have_the_same_figures(pages):
+    english, chinese = pages
+    assert shown_figures(english) == shown_figures(chinese) and english.count("<svg") == 6
+    assert len(shown_figures(english)[1]) > 50
+
+
+def test_the_chinese_page_has_the_warnings_and_the_kept_sentences(pages):
+    for said in ("它很可能读过", "阶段 pretrain 的内存峰值", "“general”重复了 4.0 遍", "有 3 段对话比", "应不低于 0.9"):
+        assert said in pages[1], said
+
+
+def test_a_text_with_a_tag_stays_a_text_in_both_languages():
+    for lang in ("en", "zh"):
+        page = page_environment("report.html.jinja", lang).from_string("{% trans %}{{ name }}: report{% endtrans %}")
+        assert "&lt;b&gt;" in page.render(name="<b>")
+
+
+@pytest.mark.parametrize("more", [{}, dict(mcq=()), dict(domain=(0.1, 0.2)), dict(share=0.5, after=1.2)])
+def test_a_chinese_verdict_has_the_figures_of_the_english_one(more):
+    def numbers(text):
+        return sorted(re.findall(r"[+-]?\d+(?:\.\d+)?%?", text))
+
+    english, chinese = said(**more), said(**more, say=speaker("zh"))
+    assert numbers(english) == numbers(chinese) and left_in_english(chinese) == []

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from fixtures.languages import left_in_english, shown_figures
 from test_cli import call, lines
 
 from domain_llm.core import InputError, read_json, read_jsonl, write_json
@@ -136,6 +137,11 @@ def test_a_model_is_asked(tmp_path, tiny_folder):
     assert len(found) == 3 and all(isinstance(text, str) for text in found)
 
 
+def texts_of(key):
+    "The questions of a review and the names of its models."
+    return [*key["models"], *(row["text"] for row in key["items"])]
+
+
 def test_from_the_command_line_to_the_report(tmp_path, capsys, monkeypatch):
     folder = review_folder(tmp_path)
     key = read_json(folder / "key.json")
@@ -156,6 +162,11 @@ def test_from_the_command_line_to_the_report(tmp_path, capsys, monkeypatch):
     assert found["choice"]["best"] == "secret-7b.jsonl" and found["exam"][0]["said"] == "disagree"
     report = (folder / "report.html").read_text()
     assert "&lt;b&gt;note" in report and "<b>note" not in report and report.count("<svg") == 2
+    chinese = (folder / "report.zh.html").read_text()
+    assert left_in_english(chinese, texts_of(key)) == [] and len(left_in_english(report, texts_of(key))) > 10
+    assert (
+        shown_figures(chinese) == shown_figures(report) and "<td>不一致</td>" in chinese and "&lt;b&gt;note" in chinese
+    )
 
 
 @pytest.mark.parametrize(
@@ -414,6 +425,8 @@ def test_a_judge_that_always_takes_the_first_is_found_out(tmp_path, endpoint):
     assert judge["longer"]["judge"]["rate"] == 0.5 and judge["longer"]["people"]["rate"] == 1
     assert {(h["path"], h["key"], h["model"]) for h in heard} == {("/v1/chat/completions", "Bearer k", "m")}
     assert "secret-7b" not in json.dumps(heard)
+    chinese = (tmp_path / "out" / "report.zh.html").read_text()
+    assert "两种顺序下评判相同" in chinese and left_in_english(chinese, texts_of(key)) == []
     asked = len(heard)
     collect_review(*given, judge=dict(url=url + "/v1", model="m", key="k"))
     assert len(heard) == asked == 2 * 16

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'checked_marks', 'points', 'rate_interval', 'win_rates', 'review_power', 'questions_needed',
-           'detectable_rate', 'bradley_terry', 'strengths', 'choose', 'rates_plot', 'strengths_plot', 'beside_choice']
+           'detectable_rate', 'bradley_terry', 'strengths', 'choose', 'choice_said', 'rates_plot', 'strengths_plot',
+           'beside_choice']
 
 # %% ../../nbs/37_judge.review.ipynb #1284ef81
 import math
@@ -12,7 +13,7 @@ from collections import Counter
 from itertools import combinations
 from statistics import fmean
 
-from ..core import InputError
+from ..core import ENGLISH, InputError
 from .plots import error_bar
 from .stats import difference, ratio_interval
 
@@ -268,16 +269,25 @@ def choose(
     found = strengths(marks, **bootstrap)
     best = max(found["models"], key=lambda name: found["models"][name]["strength"])
     tied = [({r["a"], r["b"]} - {best}).pop() for r in found["pairs"] if best in (r["a"], r["b"]) and r["p"] >= 0.05]
-    return dict(best=best, tied=tied, said=_said(best, tied, found), **found)
+    found = dict(best=best, tied=tied, **found)
+    return dict(found, said=choice_said(found))
 
 
-def _said(best, tied, found):
+def choice_said(
+    chosen: dict,  # as from `choose`
+    say=ENGLISH,  # from `core.speaker`, for another language
+):
     "The choice in one sentence."
-    n, first = found["groups"], found["models"][best]["first"]
-    lead = f"{best} leads (in {first:.0%} of the resamples)"
+    best, tied, n = chosen["best"], chosen["tied"], chosen["groups"]
+    lead = say(
+        "%(best)s leads (in %(first)s of the resamples)", best=best, first=f"{chosen['models'][best]['first']:.0%}"
+    )
     if not tied:
-        return f"{lead}, and people prefer it to every other model, on {n} groups of questions"
-    return f"{lead}, but {' and '.join(tied)} cannot be told from it on {n} groups of questions"
+        return say("%(lead)s, and people prefer it to every other model, on %(n)s groups of questions", lead=lead, n=n)
+    others = say(" and ").join(tied)
+    return say(
+        "%(lead)s, but %(tied)s cannot be told from it on %(n)s groups of questions", lead=lead, tied=others, n=n
+    )
 
 # %% ../../nbs/37_judge.review.ipynb #63fbff93
 def rates_plot(

@@ -9,7 +9,7 @@ __all__ = ['ratio_interval', 'wilson', 'accuracy_interval', 'said_interval', 'st
 # %% ../../nbs/32_judge.stats.ipynb #d236b964
 import math
 
-from ..core import InputError
+from ..core import ENGLISH, InputError
 
 # %% ../../nbs/32_judge.stats.ipynb #d85ee775
 def ratio_interval(
@@ -77,11 +77,12 @@ def said_interval(
     low,  # as from `accuracy_interval` and its like
     high,  # as from `accuracy_interval` and its like
     how: str = ".0%",  # format of a figure
+    say=ENGLISH,  # from `core.speaker`, for another language
 ):
     "An interval in words, also where there is none."
     if low is None:
-        return "no interval: a single group tells nothing of others"
-    return f"95% interval {low:{how}} to {high:{how}}"
+        return say("no interval: a single group tells nothing of others")
+    return say("95%% interval %(low)s to %(high)s", low=f"{low:{how}}", high=f"{high:{how}}")
 
 # %% ../../nbs/32_judge.stats.ipynb #d3a9ea29
 def _cells(

@@ -10,6 +10,7 @@ import gc
 import threading
 from contextlib import contextmanager
 
+from ..core import ENGLISH
 from ..devices import peak_bytes, trim_memory
 from ..ranks import once, world
 from .base_model import loaded_sizes
@@ -103,6 +104,7 @@ DIFFERS = 0.1  # share of the estimate by which the peak may differ before it is
 def peak_findings(
     stage: str,  # its name
     metrics: dict,  # its headline figures, with `memory` as from `memory_figures` where it was measured
+    say=ENGLISH,  # from `core.speaker`, for another language
 ):
     "A warning where a stage's measured peak differs from the estimate by more than a tenth."
     found = metrics.get("memory")
@@ -112,7 +114,12 @@ def peak_findings(
     share = peak / estimate - 1
     if abs(share) <= DIFFERS:
         return []
-    said = f"{stage} held {peak:.2f} GB at its peak, and the estimate was {estimate:.2f} GB ({share:+.0%})."
-    advice = f"Plan by the measured figure: such a training wants {peak / USABLE:.2f} GB free"
-    more = ", less with gradient_checkpointing: true or a smaller length." if share > 0 else "."
-    return [warning("memory", f"{said} {advice}{more}")]
+    held = dict(stage=stage, peak=f"{peak:.2f}", estimate=f"{estimate:.2f}", share=f"{share:+.0%}")
+    said = say(
+        "%(stage)s held %(peak)s GB at its peak, and the estimate was %(estimate)s GB (%(share)s). "
+        "Plan by the measured figure: such a training wants %(free)s GB free",
+        free=f"{peak / USABLE:.2f}",
+        **held,
+    )
+    more = say(", less with gradient_checkpointing: true or a smaller length.") if share > 0 else say(".")
+    return [warning("memory", said + more)]

@@ -9,12 +9,12 @@ __all__ = ['IGNORED', 'reviewed', 'told_review', 'collect_review']
 from pathlib import Path
 from statistics import fmean, median
 
-from ..core import InputError, atomic_file, claim_folder, read_json, write_json
-from ..judge.packet import joined_marks, read_marks
-from ..judge.review import beside_choice, choose, rates_plot, strengths_plot, win_rates
-from ..judge.reviewers import agreement, calibrated, position_bias, self_agreement
+from ..core import ENGLISH, InputError, claim_folder, read_json, retold, write_json
+from ..judge.packet import joined_marks, read_marks, rule
+from ..judge.review import beside_choice, choice_said, choose, rates_plot, strengths_plot, win_rates
+from ..judge.reviewers import ROWS, agreement, calibrated, position_bias, self_agreement
 from ..judge.stats import ratio_interval, said_interval
-from .report import filled, svg
+from .report import svg, write_pages
 from ..ship.llm_judge import beside_people, judge_items, judge_marks
 from ..ship.marks import kept_marks
 
@@ -101,17 +101,20 @@ def _said_rate(r):
     return f"  {r['a']} against {r['b']}: {r['rate']:.1%} ({interval}; {counts}; {r['groups']} groups)"
 
 
-def _said_reviewers(found):
+def _said_reviewers(found, say):
     "The reviewers as lines."
     lines = []
     for name, r in found["reviewers"].items():
-        line = f"  {name}: {r['marks']} of {r['asked']} items"
+        line = say("%(name)s: %(marks)s of %(asked)s items", name=name, marks=r["marks"], asked=r["asked"])
         if c := found["calibration"].get(name):
-            state = "passed" if c["passed"] else "FAILED, marks set apart"
-            line += f"; calibration: {c['missed']} of {c['n']} missed, {c['allowed']} allowed: {state}"
+            state = say("passed") if c["passed"] else say("FAILED, marks set apart")
+            counts = {key: c[key] for key in ("missed", "n", "allowed")}
+            line += say(
+                "; calibration: %(missed)s of %(n)s missed, %(allowed)s allowed: %(state)s", state=state, **counts
+            )
         if s := found["self_agreement"].get(name):
-            line += f"; same mark again: {s['same']} of {s['n']}"
-        lines.append(line + (f"; {r['seconds']} s a mark" if r["seconds"] else ""))
+            line += say("; same mark again: %(same)s of %(n)s", same=s["same"], n=s["n"])
+        lines.append(line + (say("; %(seconds)s s a mark", seconds=r["seconds"]) if r["seconds"] else ""))
     return lines
 
 
@@ -130,26 +133,38 @@ def _said_agreement(found):
     return lines
 
 
-def _said_judge(judge):
+def _said_judge(judge, say):
     "A model as judge, as lines."
+
+    def interval(r, how=".1%"):
+        return said_interval(r["low"], r["high"], how, say)
+
     lines = []
-    for name, words in (("agreement", "agrees with people"), ("steady", "says the same in both orders")):
+    for name, words in (("agreement", say("agrees with people")), ("steady", say("says the same in both orders"))):
         if r := judge[name]:
-            lines.append(f"  {words}: {r['rate']:.1%} of {r['n']} ({said_interval(r['low'], r['high'], '.1%')})")
+            figures = dict(rate=f"{r['rate']:.1%}", n=r["n"], interval=interval(r))
+            lines.append(say("%(words)s: %(rate)s of %(n)s (%(interval)s)", words=words, **figures))
     if r := judge["position"]:
-        lines.append(f"  points of the first answer: {r['rate']:.1%} ({said_interval(r['low'], r['high'], '.1%')})")
+        figures = dict(rate=f"{r['rate']:.1%}", interval=interval(r))
+        lines.append(say("points of the first answer: %(rate)s (%(interval)s)", **figures))
     if r := judge["longer"]:
+        rates = dict(judge=f"{r['judge']['rate']:.1%}", people=f"{r['people']['rate']:.1%}")
+        lines.append(say("points of the longer answer: %(judge)s, from people %(people)s", **rates))
         more = r["more"]
-        lines.append(f"  points of the longer answer: {r['judge']['rate']:.1%}, from people {r['people']['rate']:.1%}")
-        ends = said_interval(more["low"], more["high"], "+.1%")
-        lines.append(f"  difference: {more['diff']:+.1%} ({ends})")
-    return [*lines, f"  replies without a mark: {judge['unclear']}"]
+        figures = dict(diff=f"{more['diff']:+.1%}", interval=interval(more, "+.1%"))
+        lines.append(say("difference: %(diff)s (%(interval)s)", **figures))
+    return [*lines, say("replies without a mark: %(n)s", n=judge["unclear"])]
 
 
 IGNORED = (
     "The intervals tell how far other questions of the same kind could have moved the result. They hold for these "
     "reviewers: other people may prefer otherwise. They hold for these models: another training may come out otherwise."
 )
+
+
+def _indented(lines):
+    "Lines set in by two spaces."
+    return [f"  {line}" for line in lines]
 
 
 def told_review(
@@ -159,13 +174,14 @@ def told_review(
     lines = [found["choice"]["said"], "win rates:", *map(_said_rate, found["rates"])]
     for task, rates in found["by_task"].items():
         lines += [f"task {task}:", *map(_said_rate, rates)]
-    lines += ["reviewers:", *_said_reviewers(found), f"  {found['rule']}", *_said_agreement(found)]
+    lines += ["reviewers:", *_indented(_said_reviewers(found, ENGLISH)), f"  {found['rule']}", *_said_agreement(found)]
     if found["equal"]:
         lines.append(f"{found['equal']} pairs of answers were equal and count as ties that nobody was shown")
     if found["exam"]:
         lines += ["people and multiple choice:", *(f"  {r['a']} and {r['b']}: {r['said']}" for r in found["exam"])]
     if found.get("judge"):
-        lines += ["the model as judge, beside people (it counts nowhere above):", *_said_judge(found["judge"])]
+        lines += ["the model as judge, beside people (it counts nowhere above):"]
+        lines += _indented(_said_judge(found["judge"], ENGLISH))
     return [*lines, IGNORED]
 
 # %% ../../nbs/97_run.review_result.ipynb #133dbd61
@@ -195,7 +211,7 @@ def _read_exam(path, models):
 def collect_review(
     marks,  # folder of exported marks, or SQLite file of a server
     key_file,  # the key.json of the review
-    out,  # folder for report.html and result.json
+    out,  # folder for report.html, report.zh.html and result.json
     exam=None,  # file of multiple-choice results
     judge=None,  # dict of url, model and key: a model that judges beside people
 ):
@@ -214,8 +230,21 @@ def collect_review(
         found["judge"] = beside_people(people, judged) | dict(unclear=unclear, rates=rates)
     write_json(Path(out) / "result.json", found)
     figures = dict(rates=svg(rates_plot(found["rates"])), strengths=svg(strengths_plot(found["choice"])))
-    values = dict(found=found, figures=figures, reviewers=_said_reviewers(found), ignored=IGNORED)
-    values["judge"] = _said_judge(found["judge"]) if judge else None
-    with atomic_file(Path(out) / "report.html") as f:
-        f.write(filled("review_report.html.jinja", values))
+    write_pages(
+        "review_report.html.jinja", out, dict(found=found, figures=figures), lambda say: _sentences(found, key, say)
+    )
     return found
+
+
+def _sentences(found, key, say):
+    "The sentences of the report that are made of its figures, in the speaker's language."
+    known = len({row["question"] for row in _with_role(key["items"], "calibration")})
+    named = {name: retold(name, ROWS, say) for name in (*found["agreement"], *found["position"])}
+    return dict(
+        choice=choice_said(found["choice"], say),
+        reviewers=_said_reviewers(found, say),
+        rule=rule(known, say) if found["rule"] == rule(known) else found["rule"],
+        ignored=say(IGNORED),
+        named=named,
+        judge=_said_judge(found["judge"], say) if found.get("judge") else None,
+    )

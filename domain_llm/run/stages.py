@@ -15,7 +15,7 @@ from . import keep
 from .inputs import ROLES, corpus_stage, lab_stage
 from .measuring import answers_stage, baseline_stage, evaluate_stage, quantize_stage, screen_stage
 from .recipe import model_stages, training_stages
-from .report import write_report
+from .report import PAGES, write_report
 from .settings import identifying
 from .training import chat_vector_stage, pretrain_stage, sft_stage, vocab_stage
 
@@ -35,7 +35,7 @@ _LOADING = (*_MODELS, "trust_remote_code", "vocab")
 _QUESTIONS = ("questions", "general_questions")
 _MEASURING = ("trust_remote_code", "evaluate.questions", "evaluate.probe_tokens", "seed")
 _TRAINING = (*_LOADING, "seed", "evaluate.probe_tokens", "evaluate.screen")
-REPORTS = ("report.html", "metrics.json", "MODEL_CARD.md")
+REPORTS = (*PAGES.values(), "metrics.json", "MODEL_CARD.md")
 
 # %% ../../nbs/61_run.stages.ipynb #44c71fb9
 def probes_of(
@@ -87,7 +87,7 @@ def stages(
         read = dict(model=model, answers="answers/answers.json")
         plan["quantize"] = Stage(quantize_stage, ("trust_remote_code", "quantize"), read)
     made = {name: f"{name}/manifest.json" for name in plan}
-    plan["report"] = Stage(report_stage, ("name", "model", "seed"), made)
+    plan["report"] = Stage(report_stage, ("name", "model", "seed"), made, version=2)
     return plan
 
 # %% ../../nbs/61_run.stages.ipynb #2161c686
