@@ -34,7 +34,7 @@ ARMS = {
 }
 
 
-def claim(text, arm, base, metric="read", **rest):
+def claim(text, arm, base, metric="bits", **rest):
     "A claim on the bits of the right value."
     return dict(text=text, metric=metric, arm=arm, base=base, more=False, matters=0.3, **rest)
 
@@ -46,7 +46,7 @@ CLAIMS = [
         "standards, 1:3",
     ),
     claim("standards teach their facts", "standards", "before", control=True),
-    claim("standards teach facts that they do not state", "standards", "before", metric="unread"),
+    claim("standards teach facts that they do not state", "standards", "before", metric="bits_unread"),
 ]
 
 
@@ -84,7 +84,7 @@ def make_parts(seed):
         standards=about(told, "standard", read, [*unread, *others]),
         others=about(last, "web", others, [*read, *unread]),
     )
-    questions = dict(read=in_handbook(read, last, facts), unread=in_handbook(unread, last, facts))
+    questions = dict(bits=in_handbook(read, last, facts), bits_unread=in_handbook(unread, last, facts))
     return documents, questions
 
 
