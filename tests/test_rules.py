@@ -5,12 +5,14 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from record_geoquery import best_way, split_rows
 from record_rules import figures, geoquery_rows
 
 from domain_llm.core import InputError
 from domain_llm.demo.database import insert_tables
 from domain_llm.demo.world import make_world
 from domain_llm.results import load_result
+from domain_llm.ship.ask import shape_of
 from domain_llm.ship.guard import guarded
 from domain_llm.ship.rules import (
     ask_rules,
@@ -179,3 +181,16 @@ def test_geoquery_is_as_recorded():
     rules = learn_rules(split["train"], database, read_schema(database))
     dev = figures(tried(split["dev"], rules, database), recorded["threshold"])
     assert dev["right"] == recorded["dev"]["right"] and dev["answered"] == recorded["dev"]["answered"]
+
+
+@pytest.mark.skipif(not GEOQUERY.is_dir(), reason="GeoQuery is not here")
+@pytest.mark.parametrize("split, known", [("question", 214), ("query", 0)])
+def test_only_the_question_split_asks_trained_shapes(split, known):
+    train, _, test = split_rows(GEOQUERY, split, read_schema(GEOQUERY / "geography.sqlite"))
+    shapes = {shape_of(row["sql"]) for row in train}
+    assert sum(shape_of(row["sql"]) in shapes for row in test) == known
+
+
+def test_the_simplest_of_the_best_ways_is_chosen():
+    found = {"first answer": dict(correct=[1, 0]), "vote": dict(correct=[1, 1]), "grammar, vote": dict(correct=[1, 1])}
+    assert best_way(found) == "vote"
