@@ -5,7 +5,6 @@ DevTools Protocol, https://chromedevtools.github.io/devtools-protocol). So no dr
 """
 
 import base64
-import fcntl
 import json
 import os
 import shutil
@@ -53,18 +52,16 @@ class Browser:
 
     def _start(self, words):
         "Start the program with the two ends of the pipes in the places 3 and 4."
+        taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(2)]  # no pipe, of subprocess either, gets these places
         (reads, self.to), (self.out, writes) = os.pipe(), os.pipe()
-        high = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (reads, writes)]  # above 3 and 4
-        os.close(reads)
-        os.close(writes)
 
         def place():
-            os.dup2(high[0], 3)
-            os.dup2(high[1], 4)
+            os.dup2(reads, 3)
+            os.dup2(writes, 4)
 
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.process = subprocess.Popen(words, preexec_fn=place, pass_fds=(3, 4), **quiet)
-        for end in high:
+        for end in (*taken, reads, writes):
             os.close(end)
 
     def call(
