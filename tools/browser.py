@@ -108,10 +108,19 @@ class Browser:
     def wait(self, script: str, seconds: float = 20):
         "Wait until an expression is true."
         end = time.monotonic() + seconds
-        while not self.run(f"Boolean({script})"):
+        while not self._is(script):
             if time.monotonic() > end:
                 raise TimeoutError(f"not true after {seconds:.0f} s: {script}")
             time.sleep(0.05)
+
+    def _is(self, script):
+        "Whether an expression is true; it is not while another page takes the place of this one."
+        try:
+            return self.run(f"Boolean({script})")
+        except RuntimeError as e:
+            if not str(e).startswith("Runtime.evaluate"):
+                raise
+            return False
 
     def press(self, *keys: str):
         "Press keys, by name (KEYS) or as one character."
