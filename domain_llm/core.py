@@ -18,6 +18,7 @@ import tempfile
 import unicodedata
 from contextlib import contextmanager
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 # %% ../nbs/90_core.ipynb #8910f37a
@@ -255,7 +256,7 @@ def translations(
     lang: str,  # en or zh
 ):
     "English message -> message in this language, as reports use them; empty for English."
-    path = Path(__file__).parent / "assets" / f"report_{lang}.json"
+    path = files("domain_llm") / "assets" / f"report_{lang}.json"
     return {} if lang == "en" else json.loads(path.read_text(encoding="utf-8"))
 
 
