@@ -387,3 +387,19 @@ def test_a_database_of_somebody_else_is_not_touched(tmp_path, tables):
         with pytest.raises(InputError, match="something else"):
             use()
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_first_request_warns_of_nothing(tmp_path):
+    "In a process of its own, since what reads requests is built once."
+    code = """
+import warnings
+from domain_llm.ship.ask import opened
+from domain_llm.ship.web import make_app
+from starlette.testclient import TestClient
+with opened("demo") as source:
+    client = TestClient(make_app(source, "feedback.sqlite"), base_url="http://127.0.0.1")
+    warnings.simplefilter("error")
+    print(client.post("/ask", json=dict(question="Where is the Swan 32?")).json()["by"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "rules\n", done.stderr[-2000:]

@@ -261,6 +261,8 @@ def make_app(
     from fastapi import APIRouter, FastAPI, Security
     from fastapi.security import HTTPBearer
 
+    for body in (Question, Query, Feedback):
+        body.model_config["defer_build"] = False  # FastAPI builds its own reader of a body with this setting
     title = "Questions to a database"
     app = FastAPI(title=title, version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     behind = APIRouter(dependencies=[Security(HTTPBearer(auto_error=False))] if keys else [])
