@@ -6,7 +6,8 @@
 
 Reading time is words / 200 + Chinese characters / 300 + lines of code / 20, in minutes: a slow reader's rates, chosen
 and not measured. Exercises, hidden cells and outputs do not count. Running time is the processor time of the kernel and
-of what it started: the time on an idle core, and nearly the same on a busy one. A chapter that was not recorded has
+of what it started: the time on an idle core, and nearly the same on a busy one. Not so where llama.cpp runs, whose
+threads wait busily: record these chapters (51 to 53, 57, 64) on an idle machine. A chapter that was not recorded has
 none.
 """
 
