@@ -256,8 +256,10 @@ def translations(
     lang: str,  # en or zh
 ):
     "English message -> message in this language, as reports use them; empty for English."
+    if lang == "en":
+        return {}
     path = files("domain_llm") / "assets" / f"report_{lang}.json"
-    return {} if lang == "en" else json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def speaker(

@@ -50,7 +50,7 @@ CLAIMS = [
 ]
 
 
-def retold(seed, telling):
+def told(seed, telling):
     "The facts of a world and its documents in other words, without the planted copies and exam questions."
     strings = demo_strings("en")
     rng = {part: random.Random(f"{seed}/{part}") for part in ("machines", "values", "taught", "mcq")}
@@ -76,12 +76,12 @@ def about(documents, kind, names, others):
 
 def make_parts(seed):
     "The standards and the web pages to read, and the questions on machines that are read about and that are not."
-    facts, last = retold(seed, TELLINGS)
+    facts, last = told(seed, TELLINGS)
     names = list(dict.fromkeys(fact["entity"] for fact in facts))
     read, unread, others = names[:MACHINES], names[MACHINES : 2 * MACHINES], names[2 * MACHINES :]
-    told = [row for telling in range(TELLINGS) for row in retold(seed, telling)[1]]
+    tellings = [row for telling in range(TELLINGS) for row in told(seed, telling)[1]]
     documents = dict(
-        standards=about(told, "standard", read, [*unread, *others]),
+        standards=about(tellings, "standard", read, [*unread, *others]),
         others=about(last, "web", others, [*read, *unread]),
     )
     questions = dict(bits=in_handbook(read, last, facts), bits_unread=in_handbook(unread, last, facts))
