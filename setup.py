@@ -9,7 +9,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = ["colab", "demo", "gpu", "eval", "scale", "databases", "deploy", "review", "docs", "dev"]
+extras = ["demo", "gpu", "eval", "scale", "databases", "deploy", "review", "docs", "dev"]
 
 setup(
     name=cfg["lib_name"],

