@@ -10,12 +10,11 @@ two seeds and says what all would resolve.
 
 import argparse
 import math
-import random
+
+from tellings import make_told, telling
 
 from domain_llm.core import cache_dir
 from domain_llm.data.mix import mixture, tokenize
-from domain_llm.demo.documents import make_documents
-from domain_llm.demo.facts import deal_values, demo_strings, make_facts, make_machines, make_mcq, split_taught
 from domain_llm.judge.ablate import compare_arms, design, run_arms, verdict
 from domain_llm.judge.choice import multiple_choice
 from domain_llm.models import load
@@ -50,20 +49,6 @@ CLAIMS = [
 ]
 
 
-def told(seed, telling):
-    "The facts of a world and its documents in other words, without the planted copies and exam questions."
-    strings = demo_strings("en")
-    rng = {part: random.Random(f"{seed}/{part}") for part in ("machines", "values", "taught", "mcq")}
-    machines = make_machines(strings, 2 * MACHINES + OTHERS, rng["machines"])
-    deal_values(strings, machines, rng["values"])
-    facts = make_facts(strings, machines)
-    split_taught(machines, rng["taught"])
-    mcq = make_mcq(strings, machines, rng["mcq"])
-    documents, planted = make_documents(strings, machines, mcq, random.Random(f"{seed}/documents/{telling}"))
-    left_out = {copy for _, copy in planted["duplicates"]} | {leak["id"] for leak in planted["leaks"]}
-    return facts, [row for row in documents if row["id"] not in left_out]
-
-
 def about(documents, kind, names, others):
     "The documents of a kind that are about some machines and name none of the others."
     found = []
@@ -76,10 +61,11 @@ def about(documents, kind, names, others):
 
 def make_parts(seed):
     "The standards and the web pages to read, and the questions on machines that are read about and that are not."
-    facts, last = told(seed, TELLINGS)
+    world = make_told(seed, 2 * MACHINES + OTHERS)
+    facts, last = world["facts"], telling(world, seed, TELLINGS)
     names = list(dict.fromkeys(fact["entity"] for fact in facts))
     read, unread, others = names[:MACHINES], names[MACHINES : 2 * MACHINES], names[2 * MACHINES :]
-    tellings = [row for telling in range(TELLINGS) for row in told(seed, telling)[1]]
+    tellings = [row for n in range(TELLINGS) for row in telling(world, seed, n)]
     documents = dict(
         standards=about(tellings, "standard", read, [*unread, *others]),
         others=about(last, "web", others, [*read, *unread]),
