@@ -1,6 +1,7 @@
 """The servers as other programs use them: the API page by schemathesis, the OpenAI-compatible one by `openai`."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from domain_llm.cli import main
 from domain_llm.core import InputError, write_jsonl
+from domain_llm.ship import serve
 from domain_llm.ship.gguf import export_gguf
 from domain_llm.ship.serve import post, server
 
@@ -33,6 +35,15 @@ def url(tmp_path_factory):
     running.send_signal(signal.SIGTERM)
     assert running.wait(30) == 0
     running.stdout.close()
+
+
+@pytest.mark.parametrize("given, want", [("3", 3), ("", None), ("0", None), ("all", None)])
+def test_the_models_server_takes_as_many_threads_as_the_environment_says(given, want, monkeypatch):
+    "Beside other work threads that wait busily cost more than they bring; without a number all cores are taken."
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    params = serve._settings("127.0.0.1", 0, 512, 1, [], [])
+    wanted = want or len(os.sched_getaffinity(0))
+    assert params.cpuparams.n_threads == params.cpuparams_batch.n_threads == wanted
 
 
 # Any text is sound by the schema of a query, and most are no SQL: that these are refused with 422 is no fault.

@@ -112,6 +112,11 @@ def test_an_adapter_in_three_processes_that_cannot_share_a_step_evenly(ranks):
     same_training(one, trained(ranks, 3, "lora-three", LORA, divide=True))
 
 
+def broken(ends):
+    "Whether the last process was killed and no other ended well: it is killed, or says that its neighbour is gone."
+    return ends[-1] == -9 and 0 not in ends
+
+
 @pytest.fixture(scope="module")
 def killed(ranks):
     "Trainings of which the last process has killed itself in the fifth step, by number of processes and division."
@@ -119,7 +124,7 @@ def killed(ranks):
     for processes, divide, at in ((1, False, 17), (2, False, 9), (2, True, 9)):
         name = f"killed-{processes}-{divide}"
         out, ends = ranks("train", processes, name, settings=FULL, divide=divide, die=(processes - 1, at))
-        assert ends == [-9] * processes and not (out / "result.json").exists() and max(checkpoints(out)) == 4
+        assert broken(ends) and not (out / "result.json").exists() and max(checkpoints(out)) == 4
         found[processes, divide] = out
     return found
 
@@ -159,7 +164,7 @@ def test_a_run_of_two_processes_is_killed_and_ends_as_one_does(ranks, recipe):
     one, ends = ranks("run", 1, "run-one", recipe=str(recipe))
     assert ends == [0], Path(f"{one}.log").read_text()[-3000:]
     two, ends = ranks("run", 2, "run-two", recipe=str(recipe), die=(1, 80))
-    assert ends == [-9, -9] and list((two / "pretrain" / "checkpoints").glob("checkpoint-*/seal.json"))
+    assert broken(ends) and list((two / "pretrain" / "checkpoints").glob("checkpoint-*/seal.json"))
     two, ends = ranks("run", 2, "run-two", recipe=str(recipe))
     said = Path(f"{two}.log").read_text()
     assert ends == [0, 0], said[-3000:]

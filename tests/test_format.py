@@ -3,13 +3,11 @@
 Truths: transformers' prompts and assistant masks, TRL's templates with generation marks, published templates and stop
 tokens, and templates, tokenizers and rows that are broken on purpose."""
 
-import ast
 import copy
+import hashlib
 import inspect
 import re
-from importlib.util import find_spec
 from itertools import product
-from pathlib import Path
 
 import pytest
 from fixtures.families import FAMILIES, STOPS, carried_by_trl, characters, family
@@ -82,12 +80,9 @@ def test_the_fixtures_are_the_templates_that_trl_carries():
 
 
 def test_mistrals_is_the_one_that_llama_cpp_python_carries():
-    package = find_spec("llama_cpp")
-    if package is None:
-        pytest.skip("llama-cpp-python is not installed")
-    source = (Path(package.origin).parent / "llama_chat_format.py").read_text(encoding="utf-8")
-    (quoted,) = re.findall(r"^MIXTRAL_INSTRUCT_CHAT_TEMPLATE = (\".*\")$", source, re.M)
-    assert family("mistral").chat_template == ast.literal_eval(quoted)
+    "By its SHA-256 in version 0.3.36, since the package is not installed: it would have to be compiled."
+    carried = "26a59556925c987317ce5291811ba3b7f32ec4c647c400c6cc7e3a9993007ba7"
+    assert hashlib.sha256(family("mistral").chat_template.encode()).hexdigest() == carried
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -116,7 +116,10 @@ def _check_size(context, slots):
 
 # %% ../../nbs/52_ship.serve.ipynb #a630d1b2
 def _threads():
-    "The processor cores that this process may use."
+    "As many as PyTorch takes: what OMP_NUM_THREADS says, or the processor cores that this process may use."
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given):
+        return int(given)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
