@@ -114,7 +114,7 @@ def test_an_adapter_in_three_processes_that_cannot_share_a_step_evenly(ranks):
 
 def broken(ends):
     "Whether the last process was killed and no other ended well: it is killed, or says that its neighbour is gone."
-    return ends[-1] == -9 and 0 not in ends
+    return ends[-1] == -9 and set(ends) <= {-9, 1}
 
 
 @pytest.fixture(scope="module")

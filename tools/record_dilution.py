@@ -8,17 +8,13 @@ of are asked for as well. Every arm and seed is kept in a folder, so a cut recor
 two seeds and says what all would resolve.
 """
 
-import argparse
 import math
 
-from tellings import make_told, telling
+from tellings import by_machine, make_told, record, telling
 
-from domain_llm.core import cache_dir
 from domain_llm.data.mix import mixture, tokenize
-from domain_llm.judge.ablate import compare_arms, design, run_arms, verdict
 from domain_llm.judge.choice import multiple_choice
 from domain_llm.models import load
-from domain_llm.results import save_result
 from domain_llm.train.fit import fitted
 
 MACHINES = 6  # that are read about, and as many that never are
@@ -103,11 +99,9 @@ def measured(model, tok, questions):
     "For each part the bits of the right value among the values of its attribute, one mean a machine."
     found = {}
     for part, rows in questions.items():
-        result, machines = multiple_choice(model, tok, rows, template="{question}"), {}
-        for name, share in zip(result["groups"], result["prob"]):
-            machines.setdefault(name, []).append(-math.log2(max(share, 1e-9)))
-        means = [sum(bits) / len(bits) for bits in machines.values()]
-        found[part] = dict(values=means, groups=list(range(len(means))))
+        result = multiple_choice(model, tok, rows, template="{question}")
+        bits = [-math.log2(max(share, 1e-9)) for share in result["prob"]]
+        found[part] = by_machine(bits, result["groups"])
     return found
 
 
@@ -120,25 +114,5 @@ def measure(arm, seed):
     return measured(model, tok, questions)
 
 
-def plan(runs, seeds):
-    "What so many seeds would resolve, from those at hand."
-    row = CLAIMS[0]
-    parts = compare_arms(runs, row["metric"], row["arm"], row["base"])["parts"]
-    print(design(parts, seeds, MACHINES, matters=row["matters"], unit="bits", scale=1)["said"])
-
-
-def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--seeds", type=int, default=5, help="runs of each arm, each with another world (default: 5)")
-    p.add_argument("--plan", action="store_true", help="run two seeds and say what all of them would resolve")
-    p.add_argument("--runs", default=cache_dir() / "dilution", help="folder of the finished runs (default: the cache)")
-    args = p.parse_args()
-    runs = run_arms(measure, ARMS, range(2 if args.plan else args.seeds), args.runs)
-    if args.plan:
-        return plan(runs, args.seeds)
-    result = dict(experiment="dilution_demo", arms=ARMS, seeds=list(range(args.seeds)), runs=runs)
-    print(save_result("dilution_demo", result | dict(claims=verdict(runs, CLAIMS))))
-
-
 if __name__ == "__main__":
-    main()
+    record("dilution_demo", __doc__, measure, ARMS, CLAIMS, MACHINES, unit="bits", scale=1)

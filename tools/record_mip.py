@@ -9,19 +9,15 @@ conversation was. Every arm and seed is kept in a folder, so a cut recording goe
 seeds and says what all would resolve.
 """
 
-import argparse
 import random
-from statistics import fmean
 
-from tellings import make_told, telling
+from tellings import by_machine, make_told, record, telling
 
 from domain_llm.core import cache_dir, fingerprint
 from domain_llm.data.mix import mixture, tokenize
 from domain_llm.demo.facts import make_instructions
-from domain_llm.judge.ablate import compare_arms, design, run_arms, verdict
 from domain_llm.judge.choice import multiple_choice
 from domain_llm.models import load
-from domain_llm.results import save_result
 from domain_llm.train.fit import fitted, kept_model
 from domain_llm.train.sft import encode_all
 
@@ -94,38 +90,9 @@ def measure(arm, seed):
     for part, rows in questions.items():
         result = multiple_choice(model, tok, rows)
         for metric, values in ((part, result["prob"]), (f"{part}, right", result["correct"])):
-            means = by_machine(values, result["groups"])
-            found[metric] = dict(values=means, groups=list(range(len(means))))
+            found[metric] = by_machine(values, result["groups"])
     return found
 
 
-def by_machine(values, machines):
-    "One mean a machine."
-    own = {}
-    for value, name in zip(values, machines):
-        own.setdefault(name, []).append(float(value))
-    return [fmean(some) for some in own.values()]
-
-
-def plan(runs, seeds):
-    "What so many seeds would resolve, from those at hand."
-    for row in CLAIMS:
-        parts = compare_arms(runs, row["metric"], row["arm"], row["base"])["parts"]
-        print(row["text"], design(parts, seeds, SIZE["machines"] // 2, matters=row["matters"])["said"], sep=": ")
-
-
-def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--seeds", type=int, default=5, help="runs of each arm, each with another world (default: 5)")
-    p.add_argument("--plan", action="store_true", help="run two seeds and say what all of them would resolve")
-    p.add_argument("--runs", default=cache_dir() / "mip", help="folder of the finished runs (default: the cache)")
-    args = p.parse_args()
-    runs = run_arms(measure, ARMS, range(2 if args.plan else args.seeds), args.runs)
-    if args.plan:
-        return plan(runs, args.seeds)
-    result = dict(experiment="mip_demo", arms=ARMS, seeds=list(range(args.seeds)), runs=runs)
-    print(save_result("mip_demo", result | dict(claims=verdict(runs, CLAIMS))))
-
-
 if __name__ == "__main__":
-    main()
+    record("mip_demo", __doc__, measure, ARMS, CLAIMS, SIZE["machines"] // 2)

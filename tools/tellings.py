@@ -1,9 +1,14 @@
-"""A demo world whose facts are told many times in other words, for recordings with more text about few machines."""
+"""Experiments on a demo world whose facts are told many times in other words: more text about few machines."""
 
+import argparse
 import random
+from statistics import fmean
 
+from domain_llm.core import cache_dir
 from domain_llm.demo.documents import make_documents
 from domain_llm.demo.facts import deal_values, demo_strings, make_facts, make_machines, make_mcq, split_taught
+from domain_llm.judge.ablate import compare_arms, design, run_arms, verdict
+from domain_llm.results import save_result
 
 
 def make_told(seed, entities):
@@ -23,3 +28,29 @@ def telling(world, seed, n):
     documents, planted = make_documents(world["strings"], world["machines"], world["mcq"], drawn)
     left_out = {copy for _, copy in planted["duplicates"]} | {leak["id"] for leak in planted["leaks"]}
     return [row for row in documents if row["id"] not in left_out]
+
+
+def by_machine(values, machines):
+    "A metric with one mean a machine; machines are groups by their place, since each seed has its own."
+    own = {}
+    for value, name in zip(values, machines):
+        own.setdefault(name, []).append(value)
+    means = [fmean(some) for some in own.values()]
+    return dict(values=means, groups=list(range(len(means))))
+
+
+def record(name, about, measure, arms, claims, machines, **said):
+    "The command of a recording: runs the arms and saves the verdicts, or says what so many seeds would resolve."
+    p = argparse.ArgumentParser(description=about.split("\n")[0])
+    p.add_argument("--seeds", type=int, default=5, help="runs of each arm, each with another world (default: 5)")
+    p.add_argument("--plan", action="store_true", help="run two seeds and say what all of them would resolve")
+    p.add_argument("--runs", default=cache_dir() / name, help="folder of the finished runs (default: the cache)")
+    args = p.parse_args()
+    runs = run_arms(measure, arms, range(2 if args.plan else args.seeds), args.runs)
+    if not args.plan:
+        result = dict(experiment=name, arms=arms, seeds=list(range(args.seeds)), runs=runs)
+        print(save_result(name, result | dict(claims=verdict(runs, claims))))
+        return
+    for row in claims:
+        parts = compare_arms(runs, row["metric"], row["arm"], row["base"])["parts"]
+        print(row["text"], design(parts, args.seeds, machines, row["matters"], **said)["said"], sep=": ")
