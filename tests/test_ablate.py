@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from domain_llm.core import InputError
-from domain_llm.judge.ablate import compare_arms, design, needed, run_arms, sentence, verdict
+from domain_llm.judge.ablate import at_level, compare_arms, design, needed, run_arms, sentence, verdict
 from domain_llm.judge.plots import effects, forest, trade
 from domain_llm.judge.stats import detectable, difference
 
@@ -471,3 +471,23 @@ def test_detectable_has_the_power_it_says():
 def test_bad_input_is_named(call, says):
     with pytest.raises(InputError, match=says):
         call()
+
+
+def points(*pairs):
+    "Runs of one item, as pairs of what it learnt and what it paid."
+    return [dict(learnt=dict(values=[a]), paid=dict(values=[b], groups=["only"])) for a, b in pairs]
+
+
+@pytest.mark.parametrize("level, paid", [(0.2, 0.0), (0.3, 1.0), (0.5, 3.0), (0.6, 4.0)])
+def test_at_equal_learning_by_hand(level, paid):
+    "Straight lines between neighbours; a metric that falls is read in the same way."
+    rising = points((0.2, 0.0), (0.4, 2.0), (0.6, 4.0))
+    falling = points(*((-a["learnt"]["values"][0], a["paid"]["values"][0]) for a in rising))
+    for found in (at_level(rising, level, "learnt", "paid"), at_level(falling, -level, "learnt", "paid")):
+        assert found["values"] == pytest.approx([paid])
+        assert found["groups"] == ["only"]
+
+
+def test_a_level_that_no_run_reaches_has_no_price():
+    assert at_level(points((0.2, 0.0), (0.4, 2.0), (0.4, 3.0)), 0.5, "learnt", "paid") is None
+    assert at_level(points((0.5, 0.0)), 0.5, "learnt", "paid") is None

@@ -39,8 +39,11 @@ def by_machine(values, machines):
     return dict(values=means, groups=list(range(len(means))))
 
 
-def record(name, about, measure, arms, claims, machines, **said):
-    "The command of a recording: runs the arms and saves the verdicts, or says what so many seeds would resolve."
+def record(name, about, measure, arms, claims, groups, derive=dict, **said):
+    """The command of a recording: runs the arms and saves the verdicts, or says what so many seeds would resolve.
+
+    `groups` is the number of groups of items of a claim's metric; the claims are about what `derive` makes of the runs.
+    """
     p = argparse.ArgumentParser(description=about.split("\n")[0])
     p.add_argument("--seeds", type=int, default=5, help="runs of each arm, each with another world (default: 5)")
     p.add_argument("--plan", action="store_true", help="run two seeds and say what all of them would resolve")
@@ -49,8 +52,9 @@ def record(name, about, measure, arms, claims, machines, **said):
     runs = run_arms(measure, arms, range(2 if args.plan else args.seeds), args.runs)
     if not args.plan:
         result = dict(experiment=name, arms=arms, seeds=list(range(args.seeds)), runs=runs)
-        print(save_result(name, result | dict(claims=verdict(runs, claims))))
+        print(save_result(name, result | dict(claims=verdict(derive(runs), claims))))
         return
+    compared = derive(runs)
     for row in claims:
-        parts = compare_arms(runs, row["metric"], row["arm"], row["base"])["parts"]
-        print(row["text"], design(parts, args.seeds, machines, row["matters"], **said)["said"], sep=": ")
+        parts = compare_arms(compared, row["metric"], row["arm"], row["base"])["parts"]
+        print(row["text"], design(parts, args.seeds, groups, row["matters"], **said)["said"], sep=": ")
