@@ -42,7 +42,8 @@ is named: the usual ones that the model's matrices allow. 16 bits are always mea
 
 The folder gets the files, table.txt, result.json, formats.png, a Modelfile for Ollama beside each file, and SERVE.md
 with the commands of other servers. What was measured is kept: the same command goes on after an interruption.
-Exit status 0 if a format was accepted, 1 if none was, 2 if the input is at fault."""
+Exit status 0 if a format was accepted that was named or, where none was named, is smaller than 16 bits; 1 if none was;
+2 if the input is at fault."""
 
 
 def options(
@@ -90,6 +91,11 @@ def _texts(a, run):
     return [row["text"] for row in excerpts(rows, _TOKENS) if row["text"].strip()]
 
 
+def _passed(verdict, names):
+    "Whether one of the named formats was accepted."
+    return any(step["name"] in names for step in verdict["steps"] if step["state"] == "accepted")
+
+
 def quantize(a):
     "Try the formats of a model; gives the exit status."
     if not 0 < a.margin < 100:
@@ -108,7 +114,7 @@ def quantize(a):
     exam, texts = _exam(a, run), _texts(a, run)
     result = try_formats(folder, exam, texts, out, names, a.database, a.margin / 100, tell)
     _write(a, folder, result, out)
-    return 0 if result["verdict"]["smallest"] else 1
+    return 0 if _passed(result["verdict"], names or list(result["formats"])[1:]) else 1
 
 
 def _write(a, folder, result, out):

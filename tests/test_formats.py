@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as Q
 from gguf import GGUFReader, quants
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from domain_llm import quantize_command
 from domain_llm.cli import main
 from domain_llm.core import InputError
 from domain_llm.judge.choice import multiple_choice
@@ -239,6 +240,19 @@ def test_the_command(wide, database, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine" / "SERVE.md").write_text("mine")
     assert main([*given, "--out", str(tmp_path / "mine")]) == 2
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["SERVE.md"]
+
+
+@pytest.mark.parametrize("asked, status", [("q8_0", 1), (None, 1), ("q8_0,q5_0", 0), ("bf16", 0), ("f16", 1)])
+def test_the_exit_status_is_of_the_formats_that_were_asked_for(wide, tmp_path, monkeypatch, asked, status):
+    "The 16 bits are always measured: that they pass says nothing of a smaller file."
+    names = ["bf16", *(asked or "q8_0").split(",")]
+    states = dict(bf16="accepted", q8_0="refused", q5_0="accepted", f16="refused")
+    steps = [dict(name=name, state=states[name]) for name in dict.fromkeys(names)]
+    result = dict(formats=dict.fromkeys(names), verdict=dict(steps=steps))
+    monkeypatch.setattr(quantize_command, "try_formats", lambda *given: result)
+    monkeypatch.setattr(quantize_command, "_write", lambda *given: None)
+    given = ["quantize", str(wide["folder"]), "--out", str(tmp_path / "o")]
+    assert main([*given, *(["--formats", asked] if asked else [])]) == status
 
 
 def test_formats_that_are_tried(wide, tiny_folder):

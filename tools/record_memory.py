@@ -8,6 +8,7 @@ whose settings this version of the training does not know are left out. Checkpoi
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import get_args
 from unittest.mock import patch
 
-from domain_llm.devices import peak_memory_gb, reset_peak_memory
+from domain_llm.devices import peak_memory_gb, reset_peak_memory, trim_memory
 from domain_llm.results import save_result
 from domain_llm.run.base_model import sizes
 from domain_llm.run.plan import PROGRAM, memory_parts, this_device
@@ -104,6 +105,8 @@ def measure(row):
     model = model_of(row["model"], set_["method"])
     if set_["method"] != "full":
         model = add_lora(model, set_["rank"], set_["alpha"])
+    gc.collect()
+    trim_memory()  # what making the model left behind is not the training's
     reset_peak_memory()
     short_training(model, set_, size["vocabulary"])
     parts = memory_parts(set_, size, this_device())

@@ -321,7 +321,7 @@ def picture(
         result["runs"], "general_bpb", y, "general text, bits per byte (left: forgets less)", label, yscale=scale
     )
     at = [fmean(v["values"]) for v in (result["before"]["general_bpb"], result["before"][y])]
-    fig.axes[0].scatter([at[0]], [scale * at[1]], marker="*", s=120, color="black", label="before")
+    fig.axes[0].scatter([at[0]], [scale * at[1]], marker="*", s=120, color="black", label="before", zorder=4)
     if not asked:
         fig.axes[0].invert_yaxis()
     fig.axes[0].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -17,6 +17,7 @@ from .forecast import said_time
 from .plan import GB, USABLE, listed_bytes
 from domain_llm.run.planner import (
     METHODS,
+    RANK,
     candidates,
     chosen,
     deployment,
@@ -342,9 +343,9 @@ def plot_models(
     sizes = [row["parameters"] / 1e9 for row in rows]
     for method, (colour, mark) in LOOKS.items():
         needs = [smallest_need(family_size(row), method) / GB for row in rows]
-        ax.plot(
-            sizes, needs, mark, color=colour, ms=5, alpha=0.8, label=f"{NAMES[method]}, 1,024 tokens, checkpointing"
-        )
+        rank = "" if method == "full" else f" of rank {RANK}"
+        label = f"{NAMES[method]}{rank}, 1,024 tokens, checkpointing"
+        ax.plot(sizes, needs, mark, color=colour, ms=5, alpha=0.8, label=label)
     _card_lines(ax, cards, asked.get("cards"))
     named = known_model(asked["model"])
     if named:
