@@ -66,7 +66,7 @@ def test_on_a_gpu_pytorch_counts(monkeypatch):
 @pytest.mark.parametrize(
     "kind, before, most, peak_gb",
     [
-        ("cpu", 3.0, 6.0, 4.5),  # 1 of weights, 0.5 of program, so 1.5 of others
+        ("cpu", 3.0, 6.0, 4.55),  # 1 of weights, 0.55 of program, so 1.45 of others
         ("cpu", 1.2, 6.0, 6.0),  # less than weights and program: nothing of others
         ("cuda", 3.0, 6.0, 4.5),  # 2 of others, and the program comes on top
         ("cuda", 1.0, 6.0, 6.5),
@@ -81,7 +81,7 @@ def test_what_others_held_is_taken_off(kind, before, most, peak_gb):
 @pytest.fixture
 def estimated(monkeypatch):
     "An estimate of 250 MB for any model, and a program that holds nothing."
-    monkeypatch.setattr(peak, "PROGRAM", 0)
+    monkeypatch.setattr(peak, "PROGRAM", dict(cpu=0))
     monkeypatch.setattr(peak, "loaded_sizes", lambda model: {})
     monkeypatch.setattr(peak, "memory_parts", lambda *given: {"weights": 100 * MB, "activations": 150 * MB})
 

@@ -266,16 +266,27 @@ def test_zero_3_by_hand():
     assert row["predicted"] == pytest.approx(16 * 7.721324544 + 2 * (2 + 6 + 0.5), rel=0.001)
 
 
-def test_recorded_peaks_of_this_packages_own_training_are_predicted_within_15_percent():
-    "By today's formula; the machine that recorded them computes with 32 bits."
+def test_recorded_peaks_of_this_packages_own_training_are_predicted():
+    "Nine in ten within 5%, all within 10%, by today's formula; the machine that recorded them computes with 32 bits."
     rows = load_result("memory")["rows"]
-    assert len({row["model"] for row in rows}) == 3 and len(rows) >= 12
+    assert len({row["model"] for row in rows}) == 3 and len(rows) == 54
+    errors = []
     for row in rows:
-        set_ = {**TRAIN_DEFAULTS, **row["settings"]}
-        predicted = (
-            sum(memory_parts(set_, sizes(record_memory.config(row["model"])), {**CPU, "half": 4}).values()) / 1e9
-        )
-        assert predicted == pytest.approx(row["peak"], rel=0.15), row
+        set_, size = record_memory.settings_of(row["settings"]), sizes(record_memory.config(row["model"]))
+        predicted = sum(memory_parts(set_, size, {**CPU, "half": 4}).values()) / 1e9
+        assert predicted == pytest.approx(row["predicted"], abs=0.002)
+        errors.append(abs(predicted / row["peak"] - 1))
+    assert max(errors) < 0.1
+    assert sum(error < 0.05 for error in errors) >= 0.9 * len(rows)
+
+
+def test_gradients_that_a_step_adds_up_are_held_at_the_loss():
+    "On a CPU full tuning in one pass has no gradients at the loss; with several passes it has: 8 bytes a parameter."
+    size = sizes(record_memory.config("8M"))
+    way = dict(method="full", length=1024)
+    one, several = (memory_parts({**way, "tokens_per_step": n}, size, {**CPU, "half": 4}) for n in (1024, 4096))
+    assert one["gradients"] == 0 and several["gradients"] == 8 * size["parameters"]
+    assert several["freed pieces"] == one["freed pieces"] > 0
 
 
 # Candidates

@@ -143,7 +143,7 @@ def main():
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
             rows.append({**row, **json.loads(done.stdout.splitlines()[-1])})
             print(rows[-1], f"{rows[-1]['predicted'] / rows[-1]['peak']:.2f}", flush=True)
-    print(save_result("memory", dict(program=PROGRAM / 1e9, rows=rows), started=start))
+    print(save_result("memory", dict(program=PROGRAM["cpu"] / 1e9, rows=rows), started=start))
 
 
 if __name__ == "__main__":

@@ -71,9 +71,9 @@ def memory_figures(
     kind: str = "cpu",  # of the device: cpu or cuda
 ):
     "`estimate_gb` and `peak_gb` of a training, both with what Python and PyTorch hold."
-    counted = 0 if kind == "cuda" else PROGRAM  # what the watched figure has of Python and PyTorch
+    counted = 0 if kind == "cuda" else PROGRAM[kind]  # what the watched figure has of Python and PyTorch
     others = max(0, held["before"] - weights - counted)
-    peak = held["most"] - others + PROGRAM - counted
+    peak = held["most"] - others + PROGRAM[kind] - counted
     return dict(estimate_gb=round(sum(parts.values()) / GB, 3), peak_gb=round(peak / GB, 3))
 
 # %% ../../nbs/96_run.peak.ipynb #7d0a51d2

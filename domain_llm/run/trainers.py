@@ -41,7 +41,7 @@ def trainer_bytes(
         passes += 2 * size["vocabulary"] * size["hidden"]  # the largest matrix
     gathered = 2 * min(trainer.get("gathered", 0), size["parameters"])
     step += gathered + 6 * min(trainer.get("at_once", 0), size["parameters"] / gpus)
-    return held + gpus * (trainer.get("program", PROGRAM) + max(passes + gathered, step))
+    return held + gpus * (trainer.get("program", PROGRAM["cuda"]) + max(passes + gathered, step))
 
 
 def _kept(trainer, method, size):
