@@ -84,7 +84,7 @@ def trained(model, tok, rows, arm, seed):
         return model
     if arm.get("method") == "lora":
         return fitted(model, rows, seed, **STEP, **settings).merge_and_unload()
-    kept = cache_dir() / "lora_demo" / fingerprint(settings, seed)
+    kept = cache_dir() / "lora_models" / fingerprint({**arm, "share": 1}, seed)
     tuned = kept_model(kept, lambda: fitted(model, rows, seed, **STEP, **settings), tok)
     return between(model, tuned, arm["share"]) if "share" in arm else tuned
 

@@ -255,10 +255,10 @@ def _accumulates(set_):
     return set_.get("tokens_per_step", one_pass) >= 1.5 * one_pass
 
 
-def _passing_on_cpu(activations, logits, gradients, late, opened):
+def _passing_on_cpu(activations, logits, gradients, late, quantized):
     "The parts that come and go when most is held: at the loss, where late gradients are not there yet, or after it."
     kept, layer = activations["kept"], activations["layer"]
-    lost = PIECES["quantized"] * opened
+    lost = PIECES["quantized"] * quantized
     at_loss = {"gradients": 0 if late else gradients, "activations": kept, "logits": logits}
     at_loss["freed pieces"] = lost + PIECES["logits"] * logits
     after = {"gradients": gradients, "activations": kept + layer, "logits": logits}
