@@ -58,4 +58,5 @@ def test_the_whole_way_on_a_small_model_leaves_one_file(tmp_path, monkeypatch):
     assert not [name for name, step in found["steps"].items() if "failed" in step]
     made = found["steps"]["memory-lora-64"]["result"]
     assert made["settings"]["method"] == "lora" and made["tokens_per_second"] > 0
-    assert made["estimate_gb"] == pytest.approx(0.55, abs=0.1) and made["peak_gb"] > 0.4
+    assert made["peak_gb"] > 0.4
+    assert made["estimate_gb"] == pytest.approx(made["peak_gb"], rel=0.15)
