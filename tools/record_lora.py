@@ -25,7 +25,7 @@ from domain_llm.models import load
 from domain_llm.train.fit import fitted, kept_model
 from domain_llm.train.sft import encode_all
 
-SIZE = dict(machines=12, passes=1)
+SIZE = dict(machines=12)
 RATES = (5e-5, 1e-4, 2e-4)
 LORA = dict(method="lora", rank=64, alpha=64)
 SHARES = (0.25, 0.5, 0.75)
@@ -62,11 +62,9 @@ def make_parts(seed, tok, size):
     rows = {}
     for name, conversations in (("own", own), ("general", general)):
         rows[name], _ = encode_all(conversations, tok, length=STEP["length"], source=name)
-    passes = []
-    for _ in range(size["passes"]):
-        passes += drawn.sample(rows["own"], len(rows["own"]))
+    read = drawn.sample(rows["own"], len(rows["own"]))
     questions = [row for row in world["mcq"] if row["part"] == "taught"]
-    return passes, rows["general"], questions[::2]
+    return read, rows["general"], questions[::2]
 
 
 def between(model, tuned, share):

@@ -2,9 +2,12 @@
 nbs/results/memory.json.
 
     python tools/record_memory.py [--only 60M]
+    python tools/record_memory.py --fit
 
 Every row is a process of its own: a model, a method, a length, a batch, with or without gradient checkpointing. Rows
 whose settings this version of the training does not know are left out. Checkpoints are not written. Linux only.
+`--fit` fits the constants of `memory_parts` for 32 bits to the record, and once more without the largest model, and
+says how near all rows come.
 """
 
 import argparse
@@ -20,8 +23,12 @@ from pathlib import Path
 from typing import get_args
 from unittest.mock import patch
 
+import numpy as np
+from scipy.optimize import minimize
+
 from domain_llm.devices import peak_memory_gb, reset_peak_memory, trim_memory
-from domain_llm.results import save_result
+from domain_llm.results import load_result, save_result
+from domain_llm.run import plan
 from domain_llm.run.base_model import sizes
 from domain_llm.run.plan import PROGRAM, memory_parts, this_device
 from domain_llm.run.settings import Method
@@ -129,11 +136,51 @@ def wanted():
     return found
 
 
+def misses(constants, rows, shapes):
+    "Share by which the prediction of each row misses its peak, with these constants in the formula."
+    program, logits, layer, quantized, linear, product = constants
+    values = dict(PROGRAM={"cpu": 1e9 * program}, KEPT={4: (linear, product)})
+    values["PIECES"] = dict(logits=logits, layer=layer, quantized=quantized)
+    device, found = dict(kind="cpu", half=4), []
+    with patch.multiple(plan, **values):
+        for row in rows:
+            parts = memory_parts(settings_of(row["settings"]), shapes[row["model"]], device)
+            found.append(sum(parts.values()) / 1e9 / row["peak"] - 1)
+    return np.array(found)
+
+
+def fitted(rows, shapes):
+    "The constants that come nearest to the peaks of some rows."
+    start = [PROGRAM["cpu"] / 1e9, *plan.PIECES.values(), *plan.KEPT[4]]
+
+    def worth(x):
+        return np.mean(np.abs(misses(x, rows, shapes)) ** 3)
+
+    return minimize(worth, start, method="Nelder-Mead", options=dict(maxfev=1500)).x
+
+
+def fit():
+    "Fit the constants to all rows, and to those without the largest model; prints how near either comes to all."
+    rows = load_result("memory")["rows"]
+    shapes = {name: sizes(config(name)) for name in SHAPES}
+    smaller = [row for row in rows if row["model"] != "135M"]
+    for name, some in (("all rows", rows), ("without 135M", smaller)):
+        found = fitted(some, shapes)
+        print(f"{name}: program, logits, layer, quantized, linear, product: {found.round(2)}")
+        for model in SHAPES:
+            errors = misses(found, [row for row in rows if row["model"] == model], shapes)
+            within = sum(np.abs(errors) < 0.05)
+            print(f"  {model}: {within} of {len(errors)} within 5%, from {errors.min():+.1%} to {errors.max():+.1%}")
+
+
 def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a.add_argument("--only", choices=SHAPES, help="rows of this model")
     a.add_argument("--measure", help=argparse.SUPPRESS)
+    a.add_argument("--fit", action="store_true", help="fit the formula's constants to the record")
     a = a.parse_args()
+    if a.fit:
+        return fit()
     if a.measure:
         return measure(json.loads(a.measure))
     start, rows = time.time(), []
