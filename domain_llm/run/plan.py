@@ -201,7 +201,7 @@ def activation_bytes(
     return dict(kept=half * rows * n * size["hidden"] * size["layers"], layer=kept / max(size["layers"], 1))
 
 # %% ../../nbs/63_run.plan.ipynb #00a6347c
-PIECES = dict(logits=1.9, layer=2.6, quantized=0.8)  # bytes that a CPU's allocator frees and cannot use, per byte
+PIECES = dict(logits=1.9, layer=2.6, quantized=0.8)  # bytes held free by the C library, per byte of these
 STEPPED = 2**27  # parameters whose gradients are copied to 32 bits at a time on a GPU, or those of one matrix
 
 
