@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMO_MODEL', 'INSTALL_DEMO', 'resolve', 'quiet', 'base_of', 'is_adapter', 'attach_adapter', 'merge_adapter',
-           'local_folder', 'load_tokenizer', 'load', 'check_template', 'chat', 'tiny']
+           'local_folder', 'load_tokenizer', 'load', 'check_template', 'greedy', 'chat', 'tiny']
 
 # %% ../nbs/10_models.ipynb #23948f45
 from pathlib import Path
@@ -340,6 +340,30 @@ def check_template(
     return text
 
 # %% ../nbs/10_models.ipynb #94c78bc1
+def greedy(
+    model,
+    tok,  # what `load` gives
+    texts: list,  # conversations as text, up to the place where the answer begins
+    max_new_tokens: int = 64,  # longest answer, in tokens
+    batch_size: int = 16,  # texts that are continued together
+):
+    "The likeliest answer to each text, token by token, and whether it ended by itself: two lists."
+    import torch
+
+    known = model.generation_config.eos_token_id
+    stops = torch.tensor([] if known is None else known, dtype=torch.long, device=model.device)
+    how = dict(return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    answers, ended = [], []
+    for i in range(0, len(texts), batch_size):
+        batch = tok(texts[i : i + batch_size], **how).to(model.device)
+        with torch.inference_mode(), quiet():
+            out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tok.pad_token_id)
+        written = out[:, batch.input_ids.shape[1] :]
+        answers += [answer.strip() for answer in tok.batch_decode(written, skip_special_tokens=True)]
+        ended += torch.isin(written, stops).any(1).tolist()
+    return answers, ended
+
+
 def chat(
     model,
     tok,  # what `load` gives
@@ -348,25 +372,9 @@ def chat(
     batch_size: int = 16,  # conversations answered together
 ):
     "Greedy answers to `prompts`, one string each."
-    import torch
-
     turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     texts = [tok.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
-    side, tok.padding_side = tok.padding_side, "left"
-    answers = []
-    try:
-        for i in range(0, len(texts), batch_size):
-            batch = tok(texts[i : i + batch_size], return_tensors="pt", padding=True, add_special_tokens=False).to(
-                model.device
-            )
-            with torch.inference_mode(), quiet():
-                out = model.generate(
-                    **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tok.pad_token_id
-                )
-            answers += tok.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-    finally:
-        tok.padding_side = side
-    return [a.strip() for a in answers]
+    return greedy(model, tok, texts, max_new_tokens, batch_size)[0]
 
 # %% ../nbs/10_models.ipynb #ab4f0fbf
 def tiny(
@@ -377,20 +385,11 @@ def tiny(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    width = dict(hidden_size=64, intermediate_size=160)
+    depth = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    ends = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    rest = dict(max_position_embeddings=2048, tie_word_embeddings=True)
+    config = LlamaConfig(vocab_size=len(tok), **width, **depth, **ends, **rest)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tok),
-                hidden_size=64,
-                intermediate_size=160,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=2048,
-                tie_word_embeddings=True,
-                bos_token_id=tok.bos_token_id,
-                eos_token_id=tok.eos_token_id,
-                pad_token_id=tok.pad_token_id,
-            )
-        ).eval()
+        return LlamaForCausalLM(config).eval()

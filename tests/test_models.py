@@ -32,6 +32,18 @@ def test_chat_answers_in_batches_as_alone(tiny_model):
     ]
 
 
+def test_greedy_says_which_answers_ended_by_themselves(tiny_model):
+    model, tok = tiny_model
+    texts = ["one", "a much longer question about tides and locks"]
+    first, second = (tok(models.greedy(model, tok, [text], 1)[0], add_special_tokens=False).input_ids for text in texts)
+    assert first != second
+    model.generation_config.eos_token_id = [tok.eos_token_id, first[0][0]]  # so the first ends at once
+    assert models.greedy(model, tok, texts, 1)[1] == [True, False]
+    assert models.greedy(model, tok, texts[::-1], 1)[1] == [False, True]
+    model.generation_config.eos_token_id = None
+    assert models.greedy(model, tok, texts, 1)[1] == [False, False]
+
+
 def test_tiny_is_deterministic(tok):
     a, b = models.tiny(tok, 1), models.tiny(tok, 1)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))

@@ -115,4 +115,4 @@ def measure(arm, seed):
 
 
 if __name__ == "__main__":
-    record("dilution_demo", __doc__, measure, ARMS, CLAIMS, MACHINES, unit="bits", scale=1)
+    record("dilution_demo", __doc__, measure, ARMS, CLAIMS, unit="bits", scale=1)

@@ -127,4 +127,4 @@ def at_equal_learning(runs):
 
 
 if __name__ == "__main__":
-    record("lora_demo", __doc__, measure, ARMS, CLAIMS, TEXTS, at_equal_learning, unit="bits per byte", scale=1)
+    record("lora_demo", __doc__, measure, ARMS, CLAIMS, at_equal_learning, unit="bits per byte", scale=1)

@@ -95,4 +95,4 @@ def measure(arm, seed):
 
 
 if __name__ == "__main__":
-    record("mip_demo", __doc__, measure, ARMS, CLAIMS, SIZE["machines"] // 2)
+    record("mip_demo", __doc__, measure, ARMS, CLAIMS)

@@ -39,13 +39,15 @@ def by_machine(values, machines):
     return dict(values=means, groups=list(range(len(means))))
 
 
-def record(name, about, measure, arms, claims, groups, derive=dict, **said):
+def record(name, about, measure, arms, claims, derive=dict, seeds=5, **said):
     """The command of a recording: runs the arms and saves the verdicts, or says what so many seeds would resolve.
 
-    `groups` is the number of groups of items of a claim's metric; the claims are about what `derive` makes of the runs.
+    The claims are about what `derive` makes of the runs.
     """
     p = argparse.ArgumentParser(description=about.split("\n")[0])
-    p.add_argument("--seeds", type=int, default=5, help="runs of each arm, each with another world (default: 5)")
+    p.add_argument(
+        "--seeds", type=int, default=seeds, help="runs of each arm, each with another world (default: %(default)s)"
+    )
     p.add_argument("--plan", action="store_true", help="run two seeds and say what all of them would resolve")
     p.add_argument("--runs", default=cache_dir() / name, help="folder of the finished runs (default: the cache)")
     args = p.parse_args()
@@ -56,5 +58,6 @@ def record(name, about, measure, arms, claims, groups, derive=dict, **said):
         return
     compared = derive(runs)
     for row in claims:
-        parts = compare_arms(compared, row["metric"], row["arm"], row["base"])["parts"]
-        print(row["text"], design(parts, args.seeds, groups, row["matters"], **said)["said"], sep=": ")
+        found = compare_arms(compared, row["metric"], row["arm"], row["base"])
+        planned = design(found["parts"], args.seeds, found["groups"], row["matters"], **said)
+        print(row["text"], planned["said"], sep=": ")
