@@ -6,9 +6,26 @@ import build_site
 import colab
 import nbformat
 import pytest
+import record_format
 import torch
 
 from domain_llm.devices import half_dtype
+
+# For each instruction of the format recording one answer that does it and one that does not.
+DONE = [
+    ("The sea is salty. It", "The sea is salty. It is deep, about 3.7 km."),
+    ("Bread is baked. We eat it.", "Bread is baked."),
+    ("word " * 31, "word " * 30),
+    ("Is the sea deep?", "Is the sea deep? It is."),
+    ("Today it rains.", "It rains today."),
+    ("The River is wide.", "The sea is wide."),
+    ("I know much about rain.", "I know nothing about rain."),
+    ("Once upon a time it rained.", "It was once upon a time."),
+    ("Dear Ann,\nit rains.", "It rains, dear Ann."),
+    ("a\nb\nc\nd", "a\nb\nc"),
+    ("1. Wet.\n2) Cold.\n3: Deep.", "1. Wet.\n2. Cold."),
+    ("salt, wind, ship", "salt, wind"),
+]
 
 
 def notebook(first):
@@ -126,3 +143,20 @@ def test_ids_and_targets_of_a_page():
     page = build_site.Page('<a href="b.html#c"><img src="d.png"></a><h2 id="e"></h2>\nimport m from "./_static/m.mjs";')
     assert page.targets == {"b.html#c", "d.png", "./_static/m.mjs"}
     assert "e" in page.ids
+
+
+def test_checkable_instructions_are_checked():
+    assert len(record_format.TOLD) == len(DONE)
+    for (told, check), (done, missed) in zip(record_format.TOLD.items(), DONE):
+        assert check(done) and not check(missed), told
+
+
+def test_format_recording_renders_all_formats(tok):
+    turns = [dict(role="user", content="Q"), dict(role="assistant", content="A")]
+    shown = {
+        name: record_format.render(turns, record_format.in_format(tok, name), "a test") for name in record_format.TUNED
+    }
+    assert shown["own"].endswith(shown["no system prompt"]) and shown["own"].startswith("<|im_start|>system\n")
+    assert shown["no system prompt"] == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    assert shown["foreign"] == "### Question:\nQ\n\n### Answer:\nA<|im_end|>\n"
+    assert shown["plain"] == "Q\nA<|im_end|>\n"
