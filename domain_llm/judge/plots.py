@@ -166,7 +166,7 @@ def trade(
             ax.scatter(*at, s=14, alpha=0.5, color=colours(i))
         a, b = _level(seeds, x), _level(seeds, y)
         bars = dict(xerr=error_bar(a, "diff", xscale), yerr=error_bar(b, "diff", yscale), elinewidth=0.8, capsize=3)
-        look = dict(fmt="os^"[i // 10 % 3], ms=8, color=colours(i), label=arm)
+        look = dict(fmt="osD^v"[i % 5], ms=8, mec="white", alpha=0.8, color=colours(i), label=arm)
         ax.errorbar(xscale * a["diff"], yscale * b["diff"], **bars, **look)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(frameon=False, fontsize=9)
