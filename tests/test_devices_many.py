@@ -112,6 +112,11 @@ def test_an_adapter_in_three_processes_that_cannot_share_a_step_evenly(ranks):
     same_training(one, trained(ranks, 3, "lora-three", LORA, divide=True))
 
 
+def test_qlora_in_two_processes_trains_what_one_does(ranks, tiny_folder):
+    given = dict(settings=dict(LORA, method="qlora"), folder=str(tiny_folder))
+    same_training(trained(ranks, 1, "qlora", **given), trained(ranks, 2, "qlora-two", **given))
+
+
 def broken(ends):
     "Whether the last process was killed and no other ended well: it is killed, or says that its neighbour is gone."
     return ends[-1] == -9 and set(ends) <= {-9, 1}
