@@ -21,7 +21,7 @@ from domain_llm.models import greedy, load
 from domain_llm.train.fit import fitted
 from domain_llm.train.sft import encode_all, render
 
-SETTINGS = dict(machines=12, tokens=30000, learning_rate=2e-4)
+SETTINGS = dict(machines=12, tokens=20000, learning_rate=2e-4)
 TUNED = ("own", "no system prompt", "foreign", "plain")
 ARMS = {"before": dict(machines=12, format="own")} | {name: dict(SETTINGS, format=name) for name in TUNED}
 MARKS = {
@@ -101,7 +101,7 @@ def trained(arm, seed, tok, model, world):
 def answered(model, tok, asked, longest):
     "The greedy answers to questions in the tokenizer's format, and whether each ended by itself."
     turns = [[dict(role="user", content=question)] for question in asked]
-    return greedy(model, tok, [render(turn, tok, "the exam", ask=True) for turn in turns], longest)
+    return greedy(model, tok, [render(turn, tok, "the exam", ask=True) for turn in turns], longest, batch_size=64)
 
 
 def known(model, tok, questions):
