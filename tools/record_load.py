@@ -1,4 +1,5 @@
-"""Record the task server under load in nbs/results/load.json: many clients at once, then kills while feedback is sent.
+"""Record the task server under load, many clients at once, then kills while feedback is sent; in nbs/results/load.json,
+or load_model.json where a model answers.
 
     python tools/record_load.py [--minutes 10] [--clients 32] [--kills 20] [--model FOLDER] [--out FOLDER]
 
@@ -182,7 +183,7 @@ def main():
     a.add_argument("--clients", type=int, default=32)
     a.add_argument("--kills", type=int, default=20)
     a.add_argument("--model", help="folder that 'domain-llm text2sql' made; without it the rules answer")
-    a.add_argument("--out", help="folder of load.json (nbs/results)")
+    a.add_argument("--out", help="folder of the record (nbs/results)")
     a = a.parse_args()
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +191,7 @@ def main():
         print(json.dumps({name: load[name] for name in ("answers", "milliseconds", "memory_mb_thirds")}), flush=True)
         kills = under_kills(Path(folder) / "kills.sqlite", a.clients, a.kills, a.model) if a.kills else None
     result = dict(load=load, kills=kills, model=bool(a.model))
-    print(save_result("load", result, started, a.out))
+    print(save_result("load_model" if a.model else "load", result, started, a.out))
 
 
 if __name__ == "__main__":

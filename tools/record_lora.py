@@ -31,7 +31,7 @@ LORA = dict(method="lora", rank=64, alpha=64)
 SHARES = (0.25, 0.5, 0.75)
 STEP = dict(tokens_per_step=256, length=512, probes=1)
 REALIGN = dict(learning_rate=5e-5)
-LEVEL = 0.45  # of the probability of the right option, a quarter by guessing
+LEVEL = 0.38  # of the probability of the right option, a quarter by guessing
 TEXTS = 20  # documents of general text
 
 ARMS = {"before": dict(SIZE)}

@@ -270,7 +270,7 @@ _RULE = (
 _NO_CROSSOVER = (
     "No published experiment was found that puts a crossover at either number. In a small world of a million "
     "parameters the chat model led by 32 points (26 to 38) with 16 samples and by 12 points (6 to 17) with 64; with "
-    "256 both answered everything."
+    "256 both answered nearly everything."
 )
 _AGAINST_CHAT = (
     "Against the chat model: LoRA on a 4B chat model took a code score from 66.4 to 59.6, while LoRA on its base with "
