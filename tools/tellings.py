@@ -39,8 +39,18 @@ def by_machine(values, machines):
     return dict(values=means, groups=list(range(len(means))))
 
 
+def designs(runs, claims, seeds, **said):
+    "For each claim, what so many seeds will resolve, by the scatter of the runs of a pilot."
+    found = {}
+    for row in claims:
+        compared = compare_arms(runs, row["metric"], row["arm"], row["base"])
+        planned = design(compared["parts"], seeds, compared["groups"], row["matters"], **said)
+        found[row["text"]] = planned["said"]
+    return found
+
+
 def record(name, about, measure, arms, claims, derive=dict, seeds=5, **said):
-    """The command of a recording: runs the arms and saves the verdicts, or says what so many seeds would resolve.
+    """The command of a recording: says by two seeds what all will resolve, runs the arms and saves the verdicts.
 
     The claims are about what `derive` makes of the runs.
     """
@@ -51,13 +61,11 @@ def record(name, about, measure, arms, claims, derive=dict, seeds=5, **said):
     p.add_argument("--plan", action="store_true", help="run two seeds and say what all of them would resolve")
     p.add_argument("--runs", default=cache_dir() / name, help="folder of the finished runs (default: the cache)")
     args = p.parse_args()
-    runs = run_arms(measure, arms, range(2 if args.plan else args.seeds), args.runs)
-    if not args.plan:
-        result = dict(experiment=name, arms=arms, seeds=list(range(args.seeds)), runs=runs)
-        print(save_result(name, result | dict(claims=verdict(derive(runs), claims))))
+    pilot = run_arms(measure, arms, range(2), args.runs)
+    planned = designs(derive(pilot), claims, args.seeds, **said)
+    print("\n".join(f"{text}: {resolves}" for text, resolves in planned.items()))
+    if args.plan:
         return
-    compared = derive(runs)
-    for row in claims:
-        found = compare_arms(compared, row["metric"], row["arm"], row["base"])
-        planned = design(found["parts"], args.seeds, found["groups"], row["matters"], **said)
-        print(row["text"], planned["said"], sep=": ")
+    runs = run_arms(measure, arms, range(args.seeds), args.runs)
+    result = dict(experiment=name, arms=arms, seeds=list(range(args.seeds)), runs=runs, design=planned)
+    print(save_result(name, result | dict(claims=verdict(derive(runs), claims))))
