@@ -44,6 +44,65 @@ def test_documents_in_a_row_cannot_see_each_other(tok, tiny_model):
     assert torch.allclose(both[3:], alone, atol=1e-5)
 
 
+def packed_talks(prefix, lengths, seed=0):
+    "A packed row of documents that begin alike; the second half of the tokens of each has labels."
+    rng = random.Random(seed)
+    row = dict(input_ids=[], labels=[], position_ids=[])
+    for n in lengths:
+        ids = [*range(5, 5 + prefix), *(rng.randrange(300, 400) for _ in range(n))]
+        silent = prefix + (n + 1) // 2
+        row["input_ids"] += ids
+        row["labels"] += [-100] * silent + ids[silent:]
+        row["position_ids"] += range(len(ids))
+    return row
+
+
+def losses_and_slopes(model, row):
+    "The loss of each labelled token, its position, and the gradients of their sum."
+    losses, at = token_losses(model, collate([row]))
+    return losses, at, torch.autograd.grad(losses.sum(), list(model.parameters()))
+
+
+def tokens_seen(model):
+    "A list that gets the number of tokens of every forward pass."
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda layer, given, out: seen.append(given[0].numel()))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "prefix, lengths, once",
+    [
+        (20, (6, 30, 3, 9), 19),  # the last one stays, since it may predict a token with a label
+        (20, (300, 2, 270), 19),  # longer than a block of queries
+        (40, (1100, 7), 39),  # longer than what plain products take
+        (20, (9,), 0),
+        (0, (6, 9), 0),
+        (7, (1, 4), 6),
+    ],
+)
+def test_a_beginning_that_all_share_is_computed_once_and_changes_nothing(tiny_model, prefix, lengths, once):
+    model, _ = tiny_model
+    row, seen = packed_talks(prefix, lengths), tokens_seen(model)
+    want, places, slopes = losses_and_slopes(model, row)
+    with documents_apart(model):
+        losses, at, ours = losses_and_slopes(model, row)
+    assert seen == [len(row["input_ids"]), len(row["input_ids"]) - once * (len(lengths) - 1)]
+    assert torch.equal(at, places) and torch.allclose(losses, want, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, slopes))
+
+
+def test_tokens_with_labels_are_never_shared(tiny_model):
+    "Two equal documents, trained on every token, as in pre-training: each has its losses."
+    model, _ = tiny_model
+    row, seen = packed_talks(20, (6, 6)), tokens_seen(model)
+    row["labels"] = [-100 if place == 0 else i for i, place in zip(row["input_ids"], row["position_ids"])]
+    want, *_ = losses_and_slopes(model, row)
+    with documents_apart(model):
+        losses, *_ = losses_and_slopes(model, row)
+    assert len(losses) == 50 and torch.allclose(losses, want, atol=1e-5) and seen == [52, 52]
+
+
 def test_attention_by_document_is_that_of_transformers(tok, tiny_model):
     """Losses and gradients of packed documents, one longer than a block, against transformers' own attention on
     each document alone."""

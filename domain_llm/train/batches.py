@@ -86,17 +86,17 @@ def token_losses(
     import torch.nn.functional as F
 
     at = batch["asked"] if "asked" in batch else _asked(batch["labels"])
-    positions = batch["position_ids"]
-    extra, bare = {}, getattr(model, "module", model)  # without what shares it among processes
+    given, asked = dict(input_ids=batch["input_ids"], position_ids=batch["position_ids"]), at
+    bare = getattr(model, "module", model)  # without what shares it among processes
     if getattr(bare.config, "_attn_implementation", None) == "documents":
-        extra["document_sizes"] = _document_sizes(positions)
+        given, asked = _prefix_once(batch, at)
     inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
     chooses = _forward_takes(type(inner), "logits_to_keep")
     if chooses:
-        extra["logits_to_keep"] = at
-    logits = model(input_ids=batch["input_ids"], position_ids=positions, use_cache=False, **extra).logits.squeeze(0)
+        given["logits_to_keep"] = asked
+    logits = model(**given, use_cache=False).logits.squeeze(0)
     wanted = batch["labels"][0, at + 1]
-    losses = F.cross_entropy(logits if chooses else logits[at], wanted, reduction="none")
+    losses = F.cross_entropy(logits if chooses else logits[asked], wanted, reduction="none")
     return losses.float(), at + 1
 
 # %% ../../nbs/40_train.batches.ipynb #82c569f4
@@ -106,6 +106,34 @@ def _document_sizes(positions):
 
     starts = (positions[0] == 0).nonzero()[:, 0]
     return torch.diff(starts, append=starts.new_tensor([positions.shape[1]])).tolist()
+
+
+def _shared_prefix(batch, sizes):
+    "How many tokens without a label all documents begin with, but for the last, which may predict one with a label."
+    import torch
+
+    if len(sizes) == 1:
+        return 0
+    starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+    places = starts[:, None] + torch.arange(min(sizes))  # (documents, tokens of the shortest)
+    ids, labels = batch["input_ids"][0, places], batch["labels"][0, places]
+    alike = (ids == ids[0]).all(0) & (labels == -100).all(0)
+    return max(0, int(alike.cumprod(0).sum()) - 1)
+
+
+def _prefix_once(batch, at):
+    """What the model is given: the row with a beginning that all documents share once, in front, and the sizes of what
+    is left of them; and where the positions `at` lie in it."""
+    import torch
+
+    sizes = _document_sizes(batch["position_ids"])
+    prefix = _shared_prefix(batch, sizes)
+    kept = torch.ones(sum(sizes), dtype=torch.bool)
+    for start in torch.tensor(sizes[:-1]).cumsum(0).tolist():
+        kept[start : start + prefix] = False
+    given = {name: batch[name][:, kept] for name in ("input_ids", "position_ids")}
+    given |= dict(document_sizes=[size - prefix for size in sizes], shared_prefix=prefix)
+    return given, (kept.cumsum(0) - 1)[at]
 
 
 @cache
@@ -119,20 +147,35 @@ def _forward_takes(kind, name):
 # %% ../../nbs/40_train.batches.ipynb #7839303a
 def _products(query, key, value, scale, block=256):
     """Causal attention by plain matrix products: (1, heads, tokens, width) in, (1, tokens, heads, width) out.
-    Query heads that share a key are stacked."""
+    Query heads that share a key are stacked. Keys may begin before the first query."""
     import torch
 
     (_, heads, n, width), shared = query.shape, key.shape[1]
-    out = []
+    before, out = key.shape[2] - n, []
     for a in range(0, n, block):
-        b = min(a + block, n)  # the keys after b are in the future of the whole block
-        scores = (query[:, :, a:b] * scale).reshape(1, shared, -1, width) @ key[:, :, :b].transpose(2, 3)
-        future = torch.full((b - a, b), float("-inf"), dtype=query.dtype).triu(a + 1)
-        weights = (scores.view(1, shared, -1, b - a, b) + future).softmax(-1, dtype=torch.float32).to(value.dtype)
-        out.append((weights.view(1, shared, -1, b) @ value[:, :, :b]).view(1, heads, b - a, width))
+        b = min(a + block, n)
+        seen = before + b  # the keys after these are in the future of the whole block
+        scores = (query[:, :, a:b] * scale).reshape(1, shared, -1, width) @ key[:, :, :seen].transpose(2, 3)
+        future = torch.full((b - a, seen), float("-inf"), dtype=query.dtype).triu(before + a + 1)
+        weights = (scores.view(1, shared, -1, b - a, seen) + future).softmax(-1, dtype=torch.float32).to(value.dtype)
+        out.append((weights.view(1, shared, -1, seen) @ value[:, :, :seen]).view(1, heads, b - a, width))
     return torch.cat(out, 2).transpose(1, 2)
 
 # %% ../../nbs/40_train.batches.ipynb #5a644e55
+def _parts(query, key, value, sizes, prefix):
+    "Query, key and value of each document; with a prefix first its own, then each document's behind its keys."
+    import torch
+
+    if not prefix:
+        return zip(*(x.split(sizes, dim=2) for x in (query, key, value)))
+    (first, *queries), (start, *keys), (meaning, *values) = (
+        x.split([prefix, *sizes], dim=2) for x in (query, key, value)
+    )
+    keys = [torch.cat([start, own], dim=2) for own in keys]
+    values = [torch.cat([meaning, own], dim=2) for own in values]
+    return [(first, start, meaning), *zip(queries, keys, values)]
+
+
 def _document_attention(
     module,
     query,
@@ -140,12 +183,13 @@ def _document_attention(
     value,
     mask,
     document_sizes=None,
+    shared_prefix=0,
     scaling=None,
     dropout=0.0,
     **kw,
 ):
-    """Attention of a packed row, (1, heads, tokens, width), one document after the other; without
-    `document_sizes` over the whole row."""
+    """Attention of a packed row, (1, heads, tokens, width), one document after the other, each behind the tokens that
+    all share; without `document_sizes` over the whole row."""
     import torch
     from transformers.integrations.sdpa_attention import (
         sdpa_attention_forward as attend,
@@ -155,12 +199,14 @@ def _document_attention(
         return attend(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kw)
 
     def one(*part):
+        asking, seen = (x.shape[2] for x in part[:2])
         # on a CPU the fused kernel is slower than plain products, until the scores outgrow the caches
-        if query.device.type == "cpu" and part[0].shape[2] <= 1024 and not dropout:
+        if query.device.type == "cpu" and seen <= 1024 and not dropout:
             return _products(*part, scaling or query.shape[-1] ** -0.5)
-        return attend(module, *part, None, scaling=scaling, dropout=dropout, **kw)[0]
+        past = None if asking == seen else torch.ones(1, 1, asking, seen, dtype=torch.bool).tril(seen - asking)
+        return attend(module, *part, past, scaling=scaling, dropout=dropout, **kw)[0]
 
-    parts = zip(*(x.split(document_sizes, dim=2) for x in (query, key, value)))
+    parts = _parts(query, key, value, document_sizes, shared_prefix)
     return torch.cat([one(*part) for part in parts], dim=1), None
 
 # %% ../../nbs/40_train.batches.ipynb #6b3a7b57
