@@ -1,6 +1,6 @@
 """Record what the chat format of a tuning is worth to the pre-trained demo model, in nbs/results/format_demo.json.
 
-    python tools/record_format.py [--seeds 8] [--plan] [--runs FOLDER]
+    python tools/record_format.py [--seeds 5] [--plan] [--runs FOLDER]
 
 The demo model is tuned on conversations about a few machines: in its own chat format, in that without its system
 prompt, in foreign marks, and as plain text. It is asked about these machines in unread wordings, in the format of the
@@ -66,7 +66,7 @@ def numbers(text):
 
 def claim(text, arm, base, metric, **rest):
     "A claim on a share of answers."
-    return dict(text=text, metric=metric, arm=arm, base=base, matters=0.05, **rest)
+    return dict(text=text, metric=metric, arm=arm, base=base, matters=0.1, **rest)
 
 
 CLAIMS = [
@@ -132,4 +132,4 @@ def measure(arm, seed):
 
 
 if __name__ == "__main__":
-    record("format_demo", __doc__, measure, ARMS, CLAIMS, seeds=8)
+    record("format_demo", __doc__, measure, ARMS, CLAIMS)
