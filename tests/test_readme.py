@@ -1,10 +1,12 @@
 """The Chinese README and first chapter say what the English ones say; the glossary's links lead somewhere."""
 
+import json
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from colab import settings
 
 from domain_llm.models import INSTALL_DEMO
@@ -71,6 +73,22 @@ def test_the_table_of_exams_is_the_same():
         return [figures(line) for line in text.splitlines() if line.startswith("|") and len(figures(line)) > 6]
 
     assert rows(CHINESE) == rows(ENGLISH) and len(rows(CHINESE)) == 3
+
+
+def test_a_claim_on_bits_per_byte_is_said_in_bits_per_byte():
+    "Each such cell of the table of rules holds the difference of the record, as it is."
+    table = {row.split(" | ")[0].strip("| "): row for row in ENGLISH.splitlines() if row.startswith("| ")}
+    seen = 0
+    for row in yaml.safe_load((ROOT / "nbs/claims.yaml").read_text(encoding="utf-8")):
+        for place in (row.get("small"), row.get("demo")):
+            if not place or "text" not in place:
+                continue
+            claims = json.loads((ROOT / f"nbs/results/{place['record']}.json").read_text(encoding="utf-8"))["claims"]
+            found = next(claim for claim in claims if claim["text"] == place["text"])
+            if "bpb" in found["metric"]:
+                seen += 1
+                assert f"{found['diff']:+.2f} bits per byte ({found['low']:+.2f} to" in table[row["claim"]]
+    assert seen >= 3
 
 
 def test_counts_of_verdicts_follow_from_the_english_table():
