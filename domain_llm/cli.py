@@ -192,7 +192,7 @@ effects.png (the claims) and trade.png (gain against loss)."""
     c.add_argument("--plan", action="store_true", help=only)
     size = "size of each run, where the experiment holds the total (30,000, or the recipe's mix.tokens)"
     c.add_argument("--tokens", type=int, metavar="N", help=size)
-    folder = "folder of the experiment; ablate/NAME in the recipe's when not given"
+    folder = "folder of the experiment; ablate/NAME in the folder of the recipe's run when not given"
     c.add_argument("--output", metavar="DIR", help=folder)
 
 # %% ../nbs/98_cli.ipynb #5f9fb0d0

@@ -272,7 +272,7 @@ def ablation(
     path=None,  # a recipe; the demo's when not given
     seeds: int = None,  # runs of each arm; the experiment's when not given
     tokens: int = None,  # size of each run, where the experiment holds the total; the recipe's when not given
-    output=None,  # folder of the experiment; ablate/NAME in the recipe's folder when not given
+    output=None,  # folder of the experiment; ablate/NAME in the folder of the recipe's run when not given
 ):
     "Run an experiment and write result.json, effects.png and trade.png; gives the result. Finished runs are kept."
     start, seeds = time.time(), _seeds(read_experiment(name), seeds)
