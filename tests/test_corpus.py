@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import subprocess
 import sys
 import zipfile
 from itertools import combinations, count
@@ -1237,6 +1238,31 @@ def test_build_is_deterministic_and_counts_everything(tmp_path):
         build_corpus(tmp_path, min_chars=10**6)
     with pytest.raises(InputError, match="threshold"):
         build_corpus(tmp_path, threshold=2)
+
+
+def test_a_corpus_on_disk_is_the_one_in_memory(tmp_path, monkeypatch):
+    files = write_world(tmp_path / "world", 0, 20)
+    questions = make_world(0, 20)["mcq"]
+    memory = build_corpus(files["docs"], questions)
+    monkeypatch.setattr("domain_llm.data.read.IN_MEMORY", 1000)
+    disk = build_corpus(files["docs"], questions)
+    assert disk["rows"].cache_files and not memory["rows"].cache_files
+    assert disk["rows"].to_list() == memory["rows"].to_list()
+    assert disk["report"] | dict(seconds=None) == memory["report"] | dict(seconds=None)
+    for ours, theirs in zip(hold_out(disk["rows"]), hold_out(memory["rows"].to_list())):
+        assert ours.to_list() == theirs.to_list()
+
+
+def test_documents_on_disk_go_with_the_process():
+    code = """
+from domain_llm.data import read
+read.IN_MEMORY = 10
+rows = [dict(text="a lock and a gate " * 9, source="x", kind="web", id=str(n), more=1) for n in range(300)]
+found = read.as_dataset(iter(rows))
+assert found.to_list() == [{name: row[name] for name in ("text", "source", "kind", "id")} for row in rows]
+print(found.cache_files[0]["filename"])"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    assert said.endswith(".arrow") and not Path(said).parent.exists()
 
 
 def test_hold_out():

@@ -16,15 +16,18 @@ from .leaks import decontaminate
 from .read import KINDS, as_dataset, faults, read_documents
 
 # %% ../../nbs/23_data.corpus.ipynb #e2f41dca
-def _size(text):
-    "UTF-8 bytes of a text."
-    return len(text.encode("utf-8", "ignore"))
+def _sizes(rows):
+    "A table of id, kind, characters and UTF-8 bytes of each document of a Dataset."
+    import pyarrow.compute as pc
+
+    texts = rows.data.column("text")
+    table = rows.select_columns(["id", "kind"]).to_pandas().astype({"kind": "category"})
+    return table.assign(characters=pc.utf8_length(texts).to_numpy(), bytes=pc.binary_length(texts).to_numpy())
 
 
-def _count(rows):
-    "Documents, characters and bytes of some rows."
-    texts = [row["text"] for row in rows]
-    return dict(documents=len(texts), characters=sum(map(len, texts)), bytes=sum(map(_size, texts)))
+def _count(table):
+    "Documents, characters and bytes of some rows of the table."
+    return dict(documents=len(table), characters=int(table["characters"].sum()), bytes=int(table["bytes"].sum()))
 
 
 def _by_density(kinds):
@@ -42,24 +45,20 @@ class _Account:
     def done(
         self,
         step,  # name of the step
-        rows,  # document rows after it
+        table,  # of the documents after it, as from `_sizes`
     ):
-        "Note a step that has ended, and give its rows."
-        groups = {kind: [] for kind in _by_density({row["kind"] for row in rows})}
-        for row in rows:
-            groups[row["kind"]].append(row)
-        kinds = {kind: _count(group) for kind, group in groups.items()}
-        self.steps.append(dict(step=step, **_count(rows), kinds=kinds))
+        "Note a step that has ended, and give its table."
+        kinds = {kind: _count(table[table["kind"] == kind]) for kind in _by_density(table["kind"].unique())}
+        self.steps.append(dict(step=step, **_count(table), kinds=kinds))
         self.seconds[step] = round(time.time() - self.began, 3)
         self.began = time.time()
-        return rows
+        return table
 
 # %% ../../nbs/23_data.corpus.ipynb #83af39ca
-def _too_short(rows, min_chars):
-    "The rows that are long enough, and the others with their reason."
-    kept = [row for row in rows if _size(row["text"]) >= min_chars]
-    lost = [dict(reason="too short", row=row) for row in rows if _size(row["text"]) < min_chars]
-    return kept, lost
+def _too_short(table, min_chars):
+    "The documents that are long enough, and the others (by their place `at`) with their reason."
+    short = table["bytes"] < min_chars
+    return table[~short], [dict(reason="too short", at=at) for at in table.index[short]]
 
 
 def _digest(text):
@@ -67,28 +66,32 @@ def _digest(text):
     return hashlib.sha1(letters(text) or text.encode("utf-8", "ignore")).digest()
 
 
-def _exact(rows):
-    "The first of each group of equal texts (by letters and digits), and the others with their reason."
+def _exact(rows, table):
+    """The first of each group of equal texts (by letters and digits), in the order of `rank`, and the others with their
+    reason."""
+    ranks, digests = [], []
+    for row in rows.select(table.index):
+        ranks.append(rank(row))
+        digests.append(_digest(row["text"]))
     first, kept, lost = {}, [], []
-    for row in rows:
-        original = first.setdefault(_digest(row["text"]), row["id"])
-        if original == row["id"]:
-            kept.append(row)
+    for n in sorted(range(len(table)), key=ranks.__getitem__):
+        original = first.setdefault(digests[n], n)
+        if original == n:
+            kept.append(n)
         else:
-            lost.append(dict(reason="exact duplicate", row=row, by=[(original, 1.0)], share=1.0))
-    return kept, lost
+            by = [(table["id"].iloc[original], 1.0)]
+            lost.append(dict(reason="exact duplicate", at=table.index[n], by=by, share=1.0))
+    return table.iloc[kept], lost
 
 # %% ../../nbs/23_data.corpus.ipynb #a8c8f33c
-def _near(rows, threshold):
-    "The rows that say something new, by their ids, and the others with their reason and who says the same."
-    lost, gone = [], set()
-    for entry in covered(rows, threshold):
-        by = [(rows[j]["id"], round(share, 3)) for j, share in entry["by"]]
-        row, share = rows[entry["index"]], round(entry["share"], 3)
-        lost.append(dict(reason="near-duplicate", row=row, by=by, share=share))
-        gone.add(entry["index"])
-    kept = [row for i, row in enumerate(rows) if i not in gone]
-    return sorted(kept, key=lambda row: row["id"]), lost
+def _near(rows, table, threshold):
+    "The documents that say something new, by their ids, and the others with their reason and who says the same."
+    lost = []
+    for entry in covered(rows.select(table.index), threshold):
+        by = [(table["id"].iloc[n], round(share, 3)) for n, share in entry["by"]]
+        at, share = table.index[entry["index"]], round(entry["share"], 3)
+        lost.append(dict(reason="near-duplicate", at=at, by=by, share=share))
+    return table.drop([entry["at"] for entry in lost]).sort_values("id"), lost
 
 # %% ../../nbs/23_data.corpus.ipynb #c4d622fc
 def _reasons(entries):
@@ -99,9 +102,9 @@ def _reasons(entries):
     return out
 
 
-def _example(entry):
+def _example(entry, rows):
     "A lost document as the report shows it: the beginning of its text, and up to three documents that say the same."
-    row = entry["row"]
+    row = rows[int(entry["at"])]
     out = dict(id=row["id"], reason=entry["reason"], excerpt=" ".join(row["text"][:400].split())[:160])
     if "by" in entry:
         out["by"] = entry["by"][:3]
@@ -110,11 +113,15 @@ def _example(entry):
     return out
 
 
-def _examples(lost, leaks, most=5):
+def _examples(lost, leaks, rows, most=5):
     "Up to `most` examples per reason."
     out = {}
-    for example in [*map(_example, lost), *leaks]:
-        out.setdefault(example["reason"], []).append(example)
+    for entry in lost:
+        examples = out.setdefault(entry["reason"], [])
+        if len(examples) < most:
+            examples.append(_example(entry, rows))
+    for leak in leaks:
+        out.setdefault(leak["reason"], []).append(leak)
     return {reason: examples[:most] for reason, examples in out.items()}
 
 # %% ../../nbs/23_data.corpus.ipynb #eb8c0a8d
@@ -124,15 +131,16 @@ def _nothing_left(lost, leaks, min_chars):
     return InputError(f"no document is left: {counts}. Lower min_chars (now {min_chars}) or look at the documents.")
 
 
-def _report(account, lost, leaks, skipped, settings):
+def _report(account, lost, leaks, rows, skipped, settings):
     "Everything that `build_corpus` says about its work, ready for JSON."
     repeated = [entry for entry in lost if "by" in entry]
+    names = rows.select([entry["at"] for entry in repeated])["id"]
     return dict(
         steps=account.steps,
         dropped=_reasons([*lost, *leaks]),
-        examples=_examples(lost, leaks),
+        examples=_examples(lost, leaks, rows),
         skipped=skipped,
-        covered=[dict(id=entry["row"]["id"], share=entry["share"], by=entry["by"]) for entry in repeated],
+        covered=[dict(id=name, share=entry["share"], by=entry["by"]) for name, entry in zip(names, repeated)],
         leaks=leaks,
         seconds=account.seconds,
         settings=settings,
@@ -156,18 +164,19 @@ def build_corpus(
         raise InputError(f"threshold {threshold} is not a share: choose one above 0 and at most 1.")
     questions, account = list(questions), _Account()
     documents, skipped = read_documents(sources, kind=kind)
-    rows = account.done("read", list(documents))
-    rows = [{**row, "text": clean(row["text"])} for row in progress(rows, desc="cleaning", unit="doc")]
-    rows, short = _too_short(account.done("clean", rows), min_chars)
-    rows, twins = _exact(sorted(account.done("long enough", rows), key=rank))
-    rows, repeats = _near(account.done("exact", rows), threshold)
-    clear, leaks = decontaminate(account.done("near", rows), questions, n=n, min_chars=min_chars)
-    account.done("leaks", list(clear))
+    account.done("read", _sizes(documents))
+    rows = as_dataset({**row, "text": clean(row["text"])} for row in progress(documents, desc="cleaning", unit="doc"))
+    table, short = _too_short(account.done("clean", _sizes(rows)), min_chars)
+    table, twins = _exact(rows, account.done("long enough", table))
+    table, repeats = _near(rows, account.done("exact", table), threshold)
+    table = account.done("near", table)
+    clear, leaks = decontaminate(rows.select(table.index), questions, n=n, min_chars=min_chars)
+    account.done("leaks", _sizes(clear))
     lost = [*short, *twins, *repeats]
     if not len(clear):
         raise _nothing_left(lost, leaks, min_chars)
     settings = dict(threshold=threshold, min_chars=min_chars, n=n, questions=len(questions))
-    return dict(rows=clear, report=_report(account, lost, leaks, skipped, settings))
+    return dict(rows=clear, report=_report(account, lost, leaks, rows, skipped, settings))
 
 # %% ../../nbs/23_data.corpus.ipynb #dfa359dc
 def _plural(count, word):
@@ -225,15 +234,13 @@ def hold_out(
     Raises InputError when the share is not between 0 and 1, or there are fewer than 2 documents."""
     if not 0 < share < 1:
         raise InputError(f"share {share} is not between 0 and 1: 0.1 holds out a tenth.")
-    rows = list(rows)
+    rows = rows if hasattr(rows, "column_names") else as_dataset(rows)
     if len(rows) < 2:
         raise InputError(f"{len(rows)} document cannot be split in two: give at least 2.")
-    digests = [hashlib.sha1(f"{seed} {row['id']}".encode()).digest() for row in rows]
-    order = sorted(range(len(rows)), key=digests.__getitem__)
-    groups = {}
+    digests = [hashlib.sha1(f"{seed} {name}".encode()).digest() for name in rows["id"]]
+    order, kinds, groups = sorted(range(len(rows)), key=digests.__getitem__), list(rows["kind"]), {}
     for i in order:
-        groups.setdefault(rows[i]["kind"], []).append(i)
+        groups.setdefault(kinds[i], []).append(i)
     held = {i for group in groups.values() for i in group[: _held_count(len(group), share)]}
     held = held or {order[0]}
-    train = [row for i, row in enumerate(rows) if i not in held]
-    return as_dataset(train), as_dataset([row for i, row in enumerate(rows) if i in held])
+    return rows.select([i for i in range(len(rows)) if i not in held]), rows.select(sorted(held))

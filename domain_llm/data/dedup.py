@@ -253,7 +253,7 @@ def rank(
     kind = FOLDERS.get(row["kind"], row["kind"])
     density = KINDS.index(kind) if kind in KINDS else len(KINDS)
     is_pdf = row["source"].lower().endswith(".pdf")
-    return density, is_pdf, -len(row["text"]), row["id"], row["text"]
+    return density, is_pdf, -len(row["text"]), row["id"]
 
 # %% ../../nbs/21_data.dedup.ipynb #839d7d97
 def _covered_by(
@@ -275,8 +275,19 @@ def _covered_by(
     return float(hit.mean()), sorted(by, key=lambda pair: (-pair[1], pair[0]))
 
 # %% ../../nbs/21_data.dedup.ipynb #9090a6b9
+def _numbered(hashes):
+    "Equal hashes get equal numbers from 0; and how many numbers there are. `np.unique` holds more arrays at a time."
+    order = np.argsort(hashes)
+    in_order = hashes[order]
+    is_new = np.ones(len(hashes), bool)
+    is_new[1:] = in_order[1:] != in_order[:-1]
+    numbers = np.empty(len(hashes), np.int32)
+    numbers[order] = np.cumsum(is_new, dtype=np.int32) - 1
+    return numbers, int(is_new.sum())
+
+
 def covered(
-    rows: list,  # document rows, the ones to prefer first
+    rows,  # document rows, the ones to prefer first: a list or a Dataset, whose texts are read as needed
     threshold: float = 0.7,  # share of a document's shingles seen before from which it is dropped
 ):
     """Which documents say little that is new: a list of {"index", "share", "by": [(index, share), ...]}.
@@ -284,16 +295,16 @@ def covered(
     In order, a document is dropped when at least `threshold` of its shingles stand in documents kept so far. A kept
     document counts only if it shares a tenth of the shorter of the two, so that stock phrases do not add up. Above 50
     MB of text a sample of the shingles proposes; all of them decide."""
-    texts = [row["text"] for row in rows]
+    texts = rows["text"] if hasattr(rows, "column_names") else [row["text"] for row in rows]
     scale = sample_scale(texts)
     sets = sketches(texts, scale=scale)
     whole, proposed = _whole(texts, sets, scale), threshold if scale == 1 else threshold / 2
-    names, ids = np.unique(np.concatenate([*sets, np.zeros(0, np.uint64)]), return_inverse=True)
+    numbers, different = _numbered(np.concatenate([*sets, np.zeros(0, np.uint64)]))
     ends = np.cumsum([0] + [len(s) for s in sets])
-    owner = np.full(len(names), -1, np.int32)  # the kept document that first had each shingle
+    owner = np.full(different, -1, np.int32)  # the kept document that first had each shingle
     dropped = []
     for i, own in enumerate(sets):
-        mine = ids[ends[i] : ends[i + 1]]
+        mine = numbers[ends[i] : ends[i + 1]]
         seen = owner[mine] >= 0
         if len(own) and seen.mean() >= proposed:
             share, by = _covered_by(whole(i), whole, owner[mine[seen]])

@@ -244,6 +244,17 @@ def _entry(row, question, excerpt, stays):
         excerpt=excerpt,
     )
 
+
+def _clear(rows, questions, index, min_chars, found):
+    "Yield the rows without leaks; what was found is added to `found`."
+    for row in rows:
+        text, first, where = without_copies(row["text"], index)
+        stays = first is None or len(text.encode()) >= min_chars
+        if first is not None:
+            found.append(_entry(row, questions[first], where, stays))
+        if stays:
+            yield {**row, "text": text}
+
 # %% ../../nbs/22_data.leaks.ipynb #9e69176d
 def decontaminate(
     rows,  # document rows
@@ -261,13 +272,6 @@ def decontaminate(
     questions = list(questions)
     index = checked_index(questions, n)
     if not questions:
-        return as_dataset(list(rows)), []
-    kept, found = [], []
-    for row in rows:
-        text, first, where = without_copies(row["text"], index)
-        stays = first is None or len(text.encode()) >= min_chars
-        if first is not None:
-            found.append(_entry(row, questions[first], where, stays))
-        if stays:
-            kept.append({**row, "text": text})
-    return as_dataset(kept), found
+        return as_dataset(rows), []
+    found = []
+    return as_dataset(_clear(rows, questions, index, min_chars, found)), found

@@ -10,9 +10,9 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from ..core import InputError, fingerprint, read_json, read_jsonl, write_json, write_jsonl
+from ..core import InputError, fingerprint, iter_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from ..data.corpus import build_corpus, corpus_report, hold_out
-from ..data.read import faults, read_documents
+from ..data.read import as_dataset, faults, read_documents
 from ..data.reworded import without_leaks
 from ..data.tasks import NEEDS, mined, row_tasks
 from ..demo.files import write_world
@@ -46,8 +46,7 @@ def _own_rows(role, lang):
 def _read_role(role, paths):
     "The rows of the files that a recipe names for a role, and the files or lines that were left out."
     if role in ("documents", "general", "general_probe"):
-        rows, skipped = read_documents(paths, kind=None if role == "documents" else "general")
-        return list(rows), skipped
+        return read_documents(paths, kind=None if role == "documents" else "general")
     read = read_conversations if role == "instructions" else read_questions
     return [row for path in paths for row in read(path)], []
 
@@ -107,7 +106,7 @@ def corpus_stage(
     "Clean and deduplicate the documents, take the exam's questions out of what is trained on, hold some out."
     questions = [*read_jsonl(read["questions"]), *read_jsonl(read["general_questions"])]
     set_ = cfg["corpus"]
-    docs = read_jsonl(read["documents"])
+    docs = as_dataset(iter_jsonl(read["documents"]))
     made = build_corpus(docs, questions, threshold=set_["near_duplicate"], min_chars=set_["min_chars"])
     report = {**made["report"], "skipped": read_json(read["skipped"])}
     print(corpus_report(report))

@@ -1,0 +1,89 @@
+"""Time and memory of building a corpus, for several sizes; recorded in nbs/results/scale.json.
+
+    python tools/record_scale.py [--megabytes 1 10 100 1000]
+
+Each size is a process of its own. The documents are those of bench_dedup.py, in files of 10,000, with edited copies:
+one in twenty repeats another one and has to go, one in twenty is edited heavily and has to stay. One in a thousand
+holds a question of an exam. `grew_mb` is the largest growth of anonymous memory, which the system cannot take back,
+over that of the program before it reads; `disk_mb` what the build keeps in the system's temporary folder. Linux only.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from bench_dedup import COPIES, corpus
+from record_rows import anonymous_mb, watch
+
+from domain_llm.core import write_jsonl
+from domain_llm.data.corpus import build_corpus
+from domain_llm.demo.world import make_world
+from domain_llm.results import save_result
+
+PART = 10_000  # documents of a file
+ASKED = 1000  # one document in so many holds a question
+
+
+def write_part(folder, number, size, questions):
+    "Write a file of so many documents; gives how many of them repeat another one."
+    texts, planted = corpus(size, seed=number)
+    for n in range(0, size, ASKED):
+        texts[n] += "\n\n" + questions[(number + n) % len(questions)]["question"]
+    write_jsonl(folder / f"{number:05}.jsonl", (dict(text=text, kind="web") for text in texts))
+    return sum(len(planted[level]) for level in COPIES)
+
+
+def write_documents(folder, megabytes, questions):
+    "Write documents of about so many megabytes in all; gives how many there are, and how many repeat another one."
+    per_document = 1200  # bytes
+    left, repeated, documents = megabytes * 10**6 // per_document, 0, megabytes * 10**6 // per_document
+    for number in range(10**9):
+        size = min(PART, left)
+        repeated += write_part(folder, number, size, questions)
+        left -= size
+        if not left:
+            return documents, repeated
+
+
+def measure(megabytes):
+    "Figures of one size, printed as JSON."
+    questions = make_world(seed=0)["mcq"]
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory() as scratch:
+        documents, repeated = write_documents(Path(name), megabytes, questions)
+        tempfile.tempdir = scratch
+        build_corpus([dict(text="nothing " * 100)])  # what is loaded at the first call belongs to the program
+        base, peaks, ended = anonymous_mb(), [0], threading.Event()
+        threading.Thread(target=watch, args=(peaks, ended), daemon=True).start()
+        started = time.time()
+        report = build_corpus(name, questions)["report"]
+        seconds = time.time() - started
+        ended.set()
+        disk = sum(path.stat().st_size for path in Path(scratch).rglob("*.arrow"))
+    figures = dict(documents=documents, megabytes=report["steps"][0]["bytes"] / 1e6, seconds=seconds)
+    figures |= dict(steps=report["seconds"], grew_mb=peaks[0] - base, disk_mb=disk / 1e6)
+    print(json.dumps(figures | dict(repeated=repeated, dropped=report["dropped"])))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[1, 10, 100, 1000], metavar="N", help="of text")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    given, started = parser.parse_args(), time.time()
+    if given.one:
+        return measure(given.one)
+    found = []
+    for megabytes in given.megabytes:
+        command = [sys.executable, __file__, "--one", str(megabytes)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        print(found[-1], flush=True)
+    print(save_result("scale", dict(sizes=found), started))
+
+
+if __name__ == "__main__":
+    main()
