@@ -27,7 +27,7 @@ from domain_llm.data.corpus import build_corpus, corpus_report, hold_out
 from domain_llm.data.dedup import containment, covered, jaccard, near_duplicates, rank, shingles
 from domain_llm.data.formats import MAX_BYTES, decode
 from domain_llm.data.leaks import decontaminate, units_of
-from domain_llm.data.read import faults, read_documents
+from domain_llm.data.read import as_dataset, faults, read_documents
 from domain_llm.data.reworded import paraphrases, without_leaks
 from domain_llm.data.scale import datatrove_stages
 from domain_llm.demo.facts import demo_strings
@@ -296,6 +296,8 @@ def test_several_sources_keep_ids_apart(tmp_path):
         (tmp_path / d / "a.txt").write_text(d)
     assert read_documents([tmp_path / "x", tmp_path / "y"])[0]["id"] == ["x/a.txt", "y/a.txt"]
     assert read_documents([tmp_path / "x/a.txt", tmp_path / "y/a.txt"])[0]["id"] == ["a.txt", "a.txt~2"]
+    rows = [dict(text="one", id=name) for name in ("a", "a", "a~2", "a", "a~2")]
+    assert read_documents(rows)[0]["id"] == ["a", "a~2", "a~2~2", "a~3", "a~2~3"]
 
 
 def test_many_processes_give_the_same(tmp_path, monkeypatch):
@@ -1246,11 +1248,22 @@ def test_a_corpus_on_disk_is_the_one_in_memory(tmp_path, monkeypatch):
     memory = build_corpus(files["docs"], questions)
     monkeypatch.setattr("domain_llm.data.read.IN_MEMORY", 1000)
     disk = build_corpus(files["docs"], questions)
-    assert disk["rows"].cache_files and not memory["rows"].cache_files
+    assert not memory["rows"].cache_files
+    (file,) = (Path(file["filename"]) for file in disk["rows"].cache_files)
+    assert list(file.parent.glob("*.arrow")) == [file]  # what came between is gone
     assert disk["rows"].to_list() == memory["rows"].to_list()
     assert disk["report"] | dict(seconds=None) == memory["report"] | dict(seconds=None)
     for ours, theirs in zip(hold_out(disk["rows"]), hold_out(memory["rows"].to_list())):
         assert ours.to_list() == theirs.to_list()
+
+
+def test_sampled_shingles_drop_what_all_of_them_drop(monkeypatch):
+    rng = random.Random(3)
+    docs = [english(rng, 200) for _ in range(300)]
+    rows = [row(text, name=f"d{n}") for n, text in enumerate(docs + [f"{text} and so on" for text in docs[:20]])]
+    exact = covered(rows)
+    monkeypatch.setattr(dedup, "sample_scale", lambda texts: 10)
+    assert covered(as_dataset(rows)) == covered(rows) == exact and len(exact) == 20
 
 
 def test_documents_on_disk_go_with_the_process():

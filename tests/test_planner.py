@@ -266,14 +266,15 @@ def test_zero_3_by_hand():
     assert row["predicted"] == pytest.approx(16 * 7.721324544 + 2 * (2 + 6 + 0.5), rel=0.001)
 
 
-def test_recorded_peaks_of_this_packages_own_training_are_predicted():
-    "Nine in ten within 5%, all within 10%, by today's formula; the machine that recorded them computes with 32 bits."
-    rows = load_result("memory")["rows"]
+@pytest.mark.parametrize("half, name", record_memory.RECORDS.items())
+def test_recorded_peaks_of_this_packages_own_training_are_predicted(half, name):
+    "Nine in ten within 5%, all within 10%, by today's formula; half: bytes of a weight on the machine of the record."
+    rows = load_result(name)["rows"]
     assert len({row["model"] for row in rows}) == 3 and len(rows) == 54
     errors = []
     for row in rows:
         set_, size = record_memory.settings_of(row["settings"]), sizes(record_memory.config(row["model"]))
-        predicted = sum(memory_parts(set_, size, {**CPU, "half": 4}).values()) / 1e9
+        predicted = sum(memory_parts(set_, size, {**CPU, "half": half}).values()) / 1e9
         assert predicted == pytest.approx(row["predicted"], abs=0.002)
         errors.append(abs(predicted / row["peak"] - 1))
     assert max(errors) < 0.1

@@ -1,13 +1,13 @@
 """The most memory that a training of a few steps holds, against `run.plan.memory_parts`; recorded in
-nbs/results/memory.json.
+nbs/results/memory.json, or memory_bf16.json on a processor that computes in bfloat16.
 
     python tools/record_memory.py [--only 60M]
     python tools/record_memory.py --fit
 
 Every row is a process of its own: a model, a method, a length, a batch, with or without gradient checkpointing. Rows
 whose settings this version of the training does not know are left out. Checkpoints are not written. Linux only.
-`--fit` fits the constants of `memory_parts` for 32 bits to the record, and once more without the largest model, and
-says how near all rows come.
+`--fit` fits the constants of `memory_parts` to each record, and once more without the largest model, and says how near
+all rows come. What autograd keeps in 16 bits is counted (a test does it) and not fitted.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from domain_llm.devices import peak_memory_gb, reset_peak_memory, trim_memory
 from domain_llm.results import load_result, save_result
 from domain_llm.run import plan
 from domain_llm.run.base_model import sizes
-from domain_llm.run.plan import PROGRAM, memory_parts, this_device
+from domain_llm.run.plan import KERNELS, PIECES, PROGRAM, memory_parts, this_device
 from domain_llm.run.settings import Method
 from domain_llm.train.loop import TRAIN_DEFAULTS, add_lora, train
 
@@ -42,6 +42,7 @@ SHAPES = {
     ),
 }
 STEPS = 3
+RECORDS = {4: "memory", 2: "memory_bf16"}  # by bytes of a weight while it is trained
 
 
 def config(name):
@@ -136,12 +137,13 @@ def wanted():
     return found
 
 
-def misses(constants, rows, shapes):
+def misses(constants, rows, shapes, half):
     "Share by which the prediction of each row misses its peak, with these constants in the formula."
-    program, logits, layer, quantized, linear, product = constants
-    values = dict(PROGRAM={"cpu": 1e9 * program}, KEPT={4: (linear, product)})
-    values["PIECES"] = dict(logits=logits, layer=layer, quantized=quantized)
-    device, found = dict(kind="cpu", half=4), []
+    program, logits, layer, quantized, *kept = constants
+    pieces = {half: dict(logits=logits, layer=layer, quantized=quantized)}
+    values = dict(PROGRAM={"cpu": 1e9 * program}, KERNELS={half: 0}, PIECES=pieces)
+    values["KEPT"] = {half: kept or plan.KEPT[half]}
+    device, found = dict(kind="cpu", half=half), []
     with patch.multiple(plan, **values):
         for row in rows:
             parts = memory_parts(settings_of(row["settings"]), shapes[row["model"]], device)
@@ -149,26 +151,26 @@ def misses(constants, rows, shapes):
     return np.array(found)
 
 
-def fitted(rows, shapes):
+def fitted(rows, shapes, half):
     "The constants that come nearest to the peaks of some rows."
-    start = [PROGRAM["cpu"] / 1e9, *plan.PIECES.values(), *plan.KEPT[4]]
+    start = [(PROGRAM["cpu"] + KERNELS[half]) / 1e9, *PIECES[half].values(), *(plan.KEPT[half] if half == 4 else ())]
 
     def worth(x):
-        return np.mean(np.abs(misses(x, rows, shapes)) ** 3)
+        return np.mean(np.abs(misses(x, rows, shapes, half)) ** 3)
 
     return minimize(worth, start, method="Nelder-Mead", options=dict(maxfev=1500)).x
 
 
-def fit():
-    "Fit the constants to all rows, and to those without the largest model; prints how near either comes to all."
-    rows = load_result("memory")["rows"]
+def fit(name, half):
+    "Fit the constants to all rows of a record, and to those without the largest model; prints how near either comes."
+    rows = load_result(name)["rows"]
     shapes = {name: sizes(config(name)) for name in SHAPES}
     smaller = [row for row in rows if row["model"] != "135M"]
-    for name, some in (("all rows", rows), ("without 135M", smaller)):
-        found = fitted(some, shapes)
-        print(f"{name}: program, logits, layer, quantized, linear, product: {found.round(2)}")
+    for said, some in (("all rows", rows), ("without 135M", smaller)):
+        found = fitted(some, shapes, half)
+        print(f"{name}, {said}: program, logits, layer, quantized, linear, product: {found.round(2)}")
         for model in SHAPES:
-            errors = misses(found, [row for row in rows if row["model"] == model], shapes)
+            errors = misses(found, [row for row in rows if row["model"] == model], shapes, half)
             within = sum(np.abs(errors) < 0.05)
             print(f"  {model}: {within} of {len(errors)} within 5%, from {errors.min():+.1%} to {errors.max():+.1%}")
 
@@ -180,7 +182,9 @@ def main():
     a.add_argument("--fit", action="store_true", help="fit the formula's constants to the record")
     a = a.parse_args()
     if a.fit:
-        return fit()
+        for half, name in RECORDS.items():
+            fit(name, half)
+        return
     if a.measure:
         return measure(json.loads(a.measure))
     start, rows = time.time(), []
@@ -190,7 +194,9 @@ def main():
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
             rows.append({**row, **json.loads(done.stdout.splitlines()[-1])})
             print(rows[-1], f"{rows[-1]['predicted'] / rows[-1]['peak']:.2f}", flush=True)
-    print(save_result("memory", dict(program=PROGRAM["cpu"] / 1e9, rows=rows), started=start))
+    half = this_device()["half"]
+    program = (PROGRAM["cpu"] + KERNELS[half]) / 1e9
+    print(save_result(RECORDS[half], dict(program=program, rows=rows), started=start))
 
 
 if __name__ == "__main__":

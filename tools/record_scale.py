@@ -5,7 +5,8 @@
 Each size is a process of its own. The documents are those of bench_dedup.py, in files of 10,000, with edited copies:
 one in twenty repeats another one and has to go, one in twenty is edited heavily and has to stay. One in a thousand
 holds a question of an exam. `grew_mb` is the largest growth of anonymous memory, which the system cannot take back,
-over that of the program before it reads; `disk_mb` what the build keeps in the system's temporary folder. Linux only.
+over that of the program before it reads; `disk_mb` the most that the build has in the system's temporary folder.
+Linux only.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 from bench_dedup import COPIES, corpus
-from record_rows import anonymous_mb, watch
+from record_rows import anonymous_mb
 
 from domain_llm.core import write_jsonl
 from domain_llm.data.corpus import build_corpus
@@ -50,6 +51,13 @@ def write_documents(folder, megabytes, questions):
             return documents, repeated
 
 
+def watch(folder, most, ended):
+    "Keep the largest anonymous memory, and the largest size of the files in a folder, both in MB, in `most`."
+    while not ended.wait(0.1):
+        most["memory"] = max(most["memory"], anonymous_mb())
+        most["disk"] = max(most["disk"], sum(path.stat().st_size for path in folder.rglob("*.arrow")) / 1e6)
+
+
 def measure(megabytes):
     "Figures of one size, printed as JSON."
     questions = make_world(seed=0)["mcq"]
@@ -57,15 +65,16 @@ def measure(megabytes):
         documents, repeated = write_documents(Path(name), megabytes, questions)
         tempfile.tempdir = scratch
         build_corpus([dict(text="nothing " * 100)])  # what is loaded at the first call belongs to the program
-        base, peaks, ended = anonymous_mb(), [0], threading.Event()
-        threading.Thread(target=watch, args=(peaks, ended), daemon=True).start()
+        base, most, ended = anonymous_mb(), dict(memory=0, disk=0), threading.Event()
+        watching = threading.Thread(target=watch, args=(Path(scratch), most, ended))
+        watching.start()
         started = time.time()
         report = build_corpus(name, questions)["report"]
         seconds = time.time() - started
         ended.set()
-        disk = sum(path.stat().st_size for path in Path(scratch).rglob("*.arrow"))
+        watching.join()
     figures = dict(documents=documents, megabytes=report["steps"][0]["bytes"] / 1e6, seconds=seconds)
-    figures |= dict(steps=report["seconds"], grew_mb=peaks[0] - base, disk_mb=disk / 1e6)
+    figures |= dict(steps=report["seconds"], grew_mb=most["memory"] - base, disk_mb=most["disk"])
     print(json.dumps(figures | dict(repeated=repeated, dropped=report["dropped"])))
 
 

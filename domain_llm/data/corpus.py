@@ -13,11 +13,11 @@ from ..core import InputError, progress
 from .clean import clean
 from .dedup import covered, letters, rank
 from .leaks import decontaminate
-from .read import KINDS, as_dataset, faults, read_documents
+from .read import KINDS, as_dataset, faults, read_documents, remove_file
 
 # %% ../../nbs/23_data.corpus.ipynb #e2f41dca
 def _sizes(rows):
-    "A table of id, kind, characters and UTF-8 bytes of each document of a Dataset."
+    "A table of id, kind, characters and UTF-8 bytes of each document of a Dataset from `as_dataset`."
     import pyarrow.compute as pc
 
     texts = rows.data.column("text")
@@ -91,7 +91,7 @@ def _near(rows, table, threshold):
         by = [(table["id"].iloc[n], round(share, 3)) for n, share in entry["by"]]
         at, share = table.index[entry["index"]], round(entry["share"], 3)
         lost.append(dict(reason="near-duplicate", at=at, by=by, share=share))
-    return table.drop([entry["at"] for entry in lost]).sort_values("id"), lost
+    return table.drop([entry["at"] for entry in lost]).sort_values("id", kind="stable"), lost
 
 # %% ../../nbs/23_data.corpus.ipynb #c4d622fc
 def _reasons(entries):
@@ -159,13 +159,15 @@ def build_corpus(
 
     The report holds `steps` (documents, characters and bytes after each step, by kind), `dropped` (counts by reason),
     `examples` (up to 5 per reason), `skipped` (files that could not be read), `covered` (who repeats whom), `leaks`,
-    `seconds` and `settings`. Raises InputError for a bad threshold, and when no document is left."""
+    `seconds` and `settings`. Large corpora are on disk, as `as_dataset` says: save the rows to keep them. Raises
+    InputError for a bad threshold, and when no document is left."""
     if not 0 < threshold <= 1:
         raise InputError(f"threshold {threshold} is not a share: choose one above 0 and at most 1.")
     questions, account = list(questions), _Account()
     documents, skipped = read_documents(sources, kind=kind)
     account.done("read", _sizes(documents))
     rows = as_dataset({**row, "text": clean(row["text"])} for row in progress(documents, desc="cleaning", unit="doc"))
+    remove_file(documents)
     table, short = _too_short(account.done("clean", _sizes(rows)), min_chars)
     table, twins = _exact(rows, account.done("long enough", table))
     table, repeats = _near(rows, account.done("exact", table), threshold)
@@ -176,7 +178,9 @@ def build_corpus(
     if not len(clear):
         raise _nothing_left(lost, leaks, min_chars)
     settings = dict(threshold=threshold, min_chars=min_chars, n=n, questions=len(questions))
-    return dict(rows=clear, report=_report(account, lost, leaks, rows, skipped, settings))
+    report = _report(account, lost, leaks, rows, skipped, settings)
+    remove_file(rows)
+    return dict(rows=clear, report=report)
 
 # %% ../../nbs/23_data.corpus.ipynb #dfa359dc
 def _plural(count, word):
@@ -232,9 +236,11 @@ def hold_out(
 
     A document's place depends on its id and the seed alone, so a grown corpus keeps most of its held-out documents.
     Raises InputError when the share is not between 0 and 1, or there are fewer than 2 documents."""
+    from datasets import Dataset
+
     if not 0 < share < 1:
         raise InputError(f"share {share} is not between 0 and 1: 0.1 holds out a tenth.")
-    rows = rows if hasattr(rows, "column_names") else as_dataset(rows)
+    rows = rows if isinstance(rows, Dataset) else as_dataset(rows)
     if len(rows) < 2:
         raise InputError(f"{len(rows)} document cannot be split in two: give at least 2.")
     digests = [hashlib.sha1(f"{seed} {name}".encode()).digest() for name in rows["id"]]

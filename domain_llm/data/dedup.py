@@ -91,22 +91,26 @@ def _sketch_some(texts, n, scale):
 
 # %% ../../nbs/21_data.dedup.ipynb #b93b8818
 def sketches(
-    texts: list,  # of str
+    texts,  # iterable of str
     n: int = SHINGLE,  # bytes of letters and digits in a shingle
     scale: int = 1,  # keep one in `scale` of the hashes, the same ones in every text
 ):
     "For each text the sorted hashes of its shingles (Broder 1997; the sampling is that of sourmash's FracMinHash)."
-    out = []
-    for start in range(0, len(texts), 256):
-        out += _sketch_some(texts[start : start + 256], n, scale)
-    return out
+    out, some, size = [], [], 0
+    for text in texts:
+        some.append(text)
+        size += len(text)
+        if len(some) == 256 or size > 5_000_000:
+            out += _sketch_some(some, n, scale)
+            some, size = [], 0
+    return out + _sketch_some(some, n, scale)
 
 
 def sample_scale(
-    texts: list,  # of str
+    texts,  # iterable of str
 ):
-    "The `scale` for `sketches` that bounds the memory at about 50 million hashes."
-    return 1 + sum(map(len, texts)) // 50_000_000
+    "The `scale` for `sketches` that bounds the memory at about 50 million hashes, one for each byte of the texts."
+    return 1 + sum(len(text.encode("utf-8", "ignore")) for text in texts) // 50_000_000
 
 
 def shingles(
@@ -215,11 +219,12 @@ def _agreement(signatures, pairs):
     return np.concatenate(shares)
 
 # %% ../../nbs/21_data.dedup.ipynb #6744490b
-def _whole(texts, sets, scale):
-    "A function that gives all shingles of the text with a number; `sets` are those of the sample."
+def _whole(text_of, sets, scale):
+    """A function that gives all shingles of the text with a number; `sets` are those of the sample, `text_of` gives the
+    text. As many as the sample holds hashes are kept for the next time."""
     if scale == 1:
         return lambda i: sets[i]
-    return lru_cache(maxsize=1000)(lambda i: shingles(texts[i]))
+    return lru_cache(maxsize=max(10, len(sets) // scale))(lambda i: shingles(text_of(i)))
 
 
 def near_duplicates(
@@ -240,7 +245,7 @@ def near_duplicates(
     filled = np.flatnonzero([len(s) > 0 for s in sets])
     pairs = filled[_candidates(signatures[filled], _band_rows(threshold))]
     promising = pairs[_agreement(signatures, pairs) >= threshold - 0.15]
-    whole = _whole(texts, sets, scale)
+    whole = _whole(texts.__getitem__, sets, scale)
     found = [(int(i), int(j), jaccard(whole(i), whole(j))) for i, j in promising]
     similar = [pair for pair in found if pair[2] >= threshold]
     return sorted(similar, key=lambda pair: (-pair[2], pair[0], pair[1]))
@@ -287,7 +292,7 @@ def _numbered(hashes):
 
 
 def covered(
-    rows,  # document rows, the ones to prefer first: a list or a Dataset, whose texts are read as needed
+    rows,  # document rows, the ones to prefer first: a list, or a Dataset, whose texts are read as needed
     threshold: float = 0.7,  # share of a document's shingles seen before from which it is dropped
 ):
     """Which documents say little that is new: a list of {"index", "share", "by": [(index, share), ...]}.
@@ -295,10 +300,10 @@ def covered(
     In order, a document is dropped when at least `threshold` of its shingles stand in documents kept so far. A kept
     document counts only if it shares a tenth of the shorter of the two, so that stock phrases do not add up. Above 50
     MB of text a sample of the shingles proposes; all of them decide."""
-    texts = rows["text"] if hasattr(rows, "column_names") else [row["text"] for row in rows]
-    scale = sample_scale(texts)
-    sets = sketches(texts, scale=scale)
-    whole, proposed = _whole(texts, sets, scale), threshold if scale == 1 else threshold / 2
+    scale = sample_scale(row["text"] for row in rows)
+    sets = sketches((row["text"] for row in rows), scale=scale)
+    whole = _whole(lambda i: rows[i]["text"], sets, scale)
+    proposed = threshold if scale == 1 else threshold / 2
     numbers, different = _numbered(np.concatenate([*sets, np.zeros(0, np.uint64)]))
     ends = np.cumsum([0] + [len(s) for s in sets])
     owner = np.full(different, -1, np.int32)  # the kept document that first had each shingle

@@ -29,8 +29,9 @@ def features(
 
 def write_arrow(
     path: Path,  # Arrow file, written whole or not at all
-    rows,  # iterable of rows, of which a hundred are in memory at a time
+    rows,  # iterable of rows
     columns: dict,  # as in `features`
+    at_a_time: int = 1000,  # rows that are in memory
 ):
     "Write the rows into an Arrow file, unless it is there."
     from datasets.arrow_writer import ArrowWriter
@@ -38,7 +39,7 @@ def write_arrow(
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = dict(features=features(columns), writer_batch_size=100)
+    settings = dict(features=features(columns), writer_batch_size=at_a_time)
     with atomic_file(path, "wb") as f, ArrowWriter(stream=f, **settings) as writer:
         for row in rows:
             writer.write(row)

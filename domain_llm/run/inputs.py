@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..core import InputError, fingerprint, iter_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from ..data.corpus import build_corpus, corpus_report, hold_out
-from ..data.read import as_dataset, faults, read_documents
+from ..data.read import as_dataset, faults, read_documents, remove_file
 from ..data.reworded import without_leaks
 from ..data.tasks import NEEDS, mined, row_tasks
 from ..demo.files import write_world
@@ -108,10 +108,11 @@ def corpus_stage(
     set_ = cfg["corpus"]
     docs = as_dataset(iter_jsonl(read["documents"]))
     made = build_corpus(docs, questions, threshold=set_["near_duplicate"], min_chars=set_["min_chars"])
+    remove_file(docs)
     report = {**made["report"], "skipped": read_json(read["skipped"])}
     print(corpus_report(report))
     others = {role: read_jsonl(read[role]) for role in ("general", "instructions")}
-    sources, report["leaks_by_source"] = _without_exam({"documents": list(made["rows"]), **others}, questions)
+    sources, report["leaks_by_source"] = _without_exam({"documents": made["rows"], **others}, questions)
     if not sources["documents"]:
         said = "no document is left: all of them held questions of the exam."
         raise InputError(f"{said} Look at the documents, or at the questions.")
