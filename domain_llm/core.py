@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENGLISH', 'InputError', 'nearest', 'text_width', 'refuse_existing', 'atomic_file', 'atomic_dir', 'claim_folder',
            'write_json', 'read_json', 'write_jsonl', 'iter_jsonl', 'read_jsonl', 'cache_dir', 'file_hash',
-           'fingerprint', 'hub_rows', 'translations', 'speaker', 'retold', 'progress']
+           'fingerprint', 'first_line', 'hub_rows', 'translations', 'speaker', 'retold', 'progress']
 
 # %% ../nbs/90_core.ipynb #d6efeec9
 import hashlib
@@ -235,19 +235,26 @@ def fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../nbs/90_core.ipynb #77b67e38
+def first_line(
+    e: Exception,
+):
+    "What an error says in its first line, or its name where it says nothing."
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
 def hub_rows(
     name: str,  # OWNER/NAME or OWNER/NAME:SUBSET
     split: str,  # "train" or "test"
+    streaming: bool = False,  # give an `IterableDataset`, whose rows come one after the other and are not stored
 ):
     "A split of a data set on the hub, as a `datasets.Dataset`. Raises InputError when it cannot be loaded."
     import datasets
 
     repo, _, subset = name.partition(":")
     try:
-        return datasets.load_dataset(repo, subset or None, split=split)
+        return datasets.load_dataset(repo, subset or None, split=split, streaming=streaming)
     except Exception as e:
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        said = f"{name}: neither a file here nor a data set whose {split} split could be loaded ({why})."
+        said = f"{name}: neither a file here nor a data set whose {split} split could be loaded ({first_line(e)})."
         raise InputError(f"{said} Check the name (OWNER/NAME or OWNER/NAME:SUBSET), or the network.") from e
 
 # %% ../nbs/90_core.ipynb #7a4e1c02

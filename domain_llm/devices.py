@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 
-from .core import InputError
+from .core import InputError, first_line
 
 # %% ../nbs/91_devices.ipynb #59a74b93
 def running(
@@ -195,7 +195,7 @@ def shortage(
     e,  # an exception, of whatever library
 ):
     "What to say when memory or the disk ran out; None for any other error."
-    first = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
+    first = first_line(e)[:120]
     if out_of_memory(e):
         return f"memory ran out ({first}). {MEMORY_ADVICE}"
     if disk_full(e):

@@ -66,21 +66,29 @@ def missing_files(folder):
     return f"its weights are missing: there is no {weights}. Download the model again, or name another folder."
 
 # %% ../nbs/91_model_errors.ipynb #d1379cca
+def _without_its_code(name, folder):
+    "For a Baichuan, how it can be loaded without its code, as a sentence."
+    config = folder / "config.json"
+    kind = read_json(config).get("model_type") if config.is_file() else str(name).lower()
+    if "baichuan" not in str(kind):
+        return ""
+    return " A Baichuan of 7B can do without: domain_llm.baichuan.baichuan_to_llama writes it in the layout of Llama."
+
+
 def load_failed(name, e, trust=False):
     "The InputError that says what went wrong when loading `name`."
     text, folder = str(e).strip(), Path(name).expanduser()
     said = text.split("\n")[0].rstrip(".") or type(e).__name__
     if "trust_remote_code" in text and not trust:
-        return InputError(
+        said = (
             f"the model {name} brings code of its own. If you trust its authors, load it with trust_remote_code=True."
         )
+        return InputError(said + _without_its_code(name, folder))
     if isinstance(e, ImportError):
         why = f"it needs a package that is not installed: {said}."
     elif folder.is_dir():
-        why = (
-            missing_files(folder)
-            or f"{said}. Its files do not fit each other, or this version of transformers does not know its kind."
-        )
+        unread = f"{said}. Its files do not fit each other, or this version of transformers does not know its kind."
+        why = (missing_files(folder) or unread) + _without_its_code(name, folder)
     else:
         why = f"{no_folder(folder)}{_hub_says(name, text, said)}"
     return InputError(f"cannot load the model '{name}': {why.strip()}")

@@ -46,6 +46,11 @@ def test_the_models_server_takes_as_many_threads_as_the_environment_says(given, 
     assert params.cpuparams.n_threads == params.cpuparams_batch.n_threads == wanted
 
 
+def test_earlier_prompts_are_kept_within_a_limit():
+    "llama.cpp's own limit is 8 GiB, which a server that runs for days would fill."
+    assert serve._settings("127.0.0.1", 0, 512, 1, [], []).cache_ram_mib == 256
+
+
 # Any text is sound by the schema of a query, and most are no SQL: that these are refused with 422 is no fault.
 SETTINGS = """
 [[operations]]

@@ -11,6 +11,7 @@ from fixtures.families import LINES
 
 from domain_llm.baichuan import baichuan_to_llama
 from domain_llm.core import InputError
+from domain_llm.model_errors import load_failed
 from domain_llm.models import load
 
 CONFIG = dict(
@@ -166,3 +167,11 @@ def test_a_pickle_runs_no_code(folder, tmp_path):
     with pytest.raises(InputError, match="pytorch_model-00001"):
         baichuan_to_llama(folder, tmp_path / "out")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_baichuan_that_was_not_converted_says_how(folder):
+    with pytest.raises(InputError, match="baichuan_to_llama writes it in the layout of Llama"):
+        load(str(folder))
+    error = ValueError("The repository contains custom code; pass trust_remote_code=True to run it.")
+    assert "baichuan_to_llama" in str(load_failed("baichuan-inc/Baichuan2-7B-Chat", error))
+    assert "baichuan" not in str(load_failed("THUDM/chatglm3-6b", error))

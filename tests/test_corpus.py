@@ -27,8 +27,9 @@ from domain_llm.data.corpus import build_corpus, corpus_report, hold_out
 from domain_llm.data.dedup import containment, covered, jaccard, near_duplicates, rank, shingles
 from domain_llm.data.formats import MAX_BYTES, decode
 from domain_llm.data.leaks import decontaminate, units_of
-from domain_llm.data.read import as_dataset, faults, read_documents
+from domain_llm.data.read import faults, read_documents
 from domain_llm.data.reworded import paraphrases, without_leaks
+from domain_llm.data.rows import as_dataset
 from domain_llm.data.scale import datatrove_stages
 from domain_llm.demo.facts import demo_strings
 from domain_llm.demo.files import write_world
@@ -253,7 +254,7 @@ def test_data_sets(tmp_path, monkeypatch):
     import datasets
 
     ds = datasets.Dataset.from_list([dict(text="one"), dict(text="two")])
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: ds)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split, streaming: ds.to_iterable_dataset())
     assert read_documents("owner/name", kind="news")[0]["id"] == ["owner/name#0", "owner/name#1"]
     assert set(read_documents(ds, kind="news")[0]["kind"]) == {"news"}
     assert read_documents([dict(text="one", kind="handbook", id="a"), dict(text="two", kind="web", id="b")])[0][
@@ -264,12 +265,36 @@ def test_data_sets(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no column"):
         read_documents(ds.rename_column("text", "body"))
 
-    def fail(name, config, split):
+    def fail(name, config, split, streaming):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(InputError, match="no network"):
         read_documents("owner/name")
+
+
+def test_data_sets_of_the_hub_are_streamed(monkeypatch):
+    "Rows are taken one by one, also where the columns are not known beforehand, and a cut is named."
+    import datasets
+
+    taken = []
+
+    def rows(cut):
+        for n in range(3):
+            if n == cut:
+                raise ConnectionError("no network")
+            taken.append(n)
+            yield dict(text=f"document {n}", more=n)
+
+    def hub(name, config, split, streaming):
+        assert streaming
+        return datasets.IterableDataset.from_generator(rows, gen_kwargs=dict(cut=2 if name == "owner/cut" else None))
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    assert list(read_documents("owner/name")[0]["text"]) == ["document 0", "document 1", "document 2"]
+    with pytest.raises(InputError, match="owner/cut: reading from the hub broke off .no network.. Try again"):
+        read_documents("owner/cut")
+    assert taken.count(2) == 1  # nothing is read to the end before the first row is used
 
 
 def test_odd_but_legal_content(tmp_path):
@@ -583,7 +608,7 @@ def test_names_of_the_hub_and_mistyped_paths(tmp_path, monkeypatch):
 
     asked = []
 
-    def hub(name, config, split):
+    def hub(name, config, split, streaming):
         asked.append((name, config, split))
         return datasets.Dataset.from_list([dict(text="one")])
 
@@ -1170,6 +1195,51 @@ def test_stages_give_what_one_process_gives(tmp_path):
     assert len(kept) == 60 and all(len(kept & {c["id"], c["id"].removeprefix("copy-")}) == 1 for c in copies)
 
 
+KILLED = """
+import json, os, signal, sys
+from datatrove.executor import LocalPipelineExecutor
+from domain_llm.data.scale import datatrove_stages
+
+folder, out, dies = sys.argv[1], sys.argv[2], sys.argv[3] == "dies"
+
+def killed(data, rank=0, world_size=1):
+    for document in data:
+        if rank == 1:
+            os.killpg(os.getpgid(0), signal.SIGKILL)  # the workers and who started them
+        yield document
+
+for i, (pipeline, tasks) in enumerate(datatrove_stages(folder, out, 2)):
+    steps = [*pipeline[:2], killed, *pipeline[2:]] if dies and i == 0 else pipeline
+    LocalPipelineExecutor(steps, tasks=tasks, workers=1, logging_dir=f"{out}/logs{i}").run()
+"""
+
+
+def test_stages_that_were_killed_lose_nothing(tmp_path):
+    "The same command goes on: finished shards stay, the cut one is done again."
+    pytest.importorskip("datatrove")
+    pytest.importorskip("spacy")
+    rng = random.Random(14)
+    rows = [row(english(rng, 150), name=f"d{n}") for n in range(24)]
+    rows += [row(r["text"].upper(), name=f"copy-{r['id']}") for r in rows[:6]]
+    files(tmp_path, **{f"raw__{k}_jsonl": "".join(json.dumps(r) + "\n" for r in rows[k::2]) for k in range(2)})
+
+    def run(out, how):
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "raw"), str(tmp_path / out), how]
+        return subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
+
+    def kept(out):
+        lines = (line for file in (tmp_path / out / "kept").glob("*.gz") for line in gzip.open(file, "rt"))
+        return sorted((r["id"], r["text"]) for r in map(json.loads, lines))
+
+    assert run("cut", "dies").returncode == -9
+    done = sorted(path.name for path in (tmp_path / "cut" / "logs0" / "completions").iterdir())
+    assert done == ["00000"]
+    again, whole = run("cut", "lives"), run("whole", "lives")
+    assert again.returncode == whole.returncode == 0, again.stderr[-2000:]
+    assert len(kept("whole")) == 24 and kept("cut") == kept("whole")
+    assert "Skipping" in again.stderr or "already" in again.stderr  # the shard that was finished
+
+
 def test_stages_without_datatrove(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datatrove.pipeline.dedup", None)
     with pytest.raises(InputError, match="datatrove is missing"):
@@ -1246,7 +1316,7 @@ def test_a_corpus_on_disk_is_the_one_in_memory(tmp_path, monkeypatch):
     files = write_world(tmp_path / "world", 0, 20)
     questions = make_world(0, 20)["mcq"]
     memory = build_corpus(files["docs"], questions)
-    monkeypatch.setattr("domain_llm.data.read.IN_MEMORY", 1000)
+    monkeypatch.setattr("domain_llm.data.rows.IN_MEMORY", 1000)
     disk = build_corpus(files["docs"], questions)
     assert not memory["rows"].cache_files
     (file,) = (Path(file["filename"]) for file in disk["rows"].cache_files)
@@ -1268,10 +1338,10 @@ def test_sampled_shingles_drop_what_all_of_them_drop(monkeypatch):
 
 def test_documents_on_disk_go_with_the_process():
     code = """
-from domain_llm.data import read
-read.IN_MEMORY = 10
+from domain_llm.data import rows as stored
+stored.IN_MEMORY = 10
 rows = [dict(text="a lock and a gate " * 9, source="x", kind="web", id=str(n), more=1) for n in range(300)]
-found = read.as_dataset(iter(rows))
+found = stored.as_dataset(iter(rows))
 assert found.to_list() == [{name: row[name] for name in ("text", "source", "kind", "id")} for row in rows]
 print(found.cache_files[0]["filename"])"""
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()

@@ -165,15 +165,17 @@ def stage(out, name):
     return read_json(out / name / "manifest.json")["metrics"]
 
 
-def test_a_run_of_two_processes_is_killed_and_ends_as_one_does(ranks, recipe):
-    one, ends = ranks("run", 1, "run-one", recipe=str(recipe))
-    assert ends == [0], Path(f"{one}.log").read_text()[-3000:]
-    two, ends = ranks("run", 2, "run-two", recipe=str(recipe), die=(1, 80))
-    assert broken(ends) and list((two / "pretrain" / "checkpoints").glob("checkpoint-*/seal.json"))
-    two, ends = ranks("run", 2, "run-two", recipe=str(recipe))
-    said = Path(f"{two}.log").read_text()
-    assert ends == [0, 0], said[-3000:]
-    assert said.count("Write metrics.json") == 1 and said.count("corpus: unchanged") + said.count("skipped") >= 2
+@pytest.fixture(scope="module")
+def run_alone(ranks, recipe):
+    "The recipe run by one process."
+    out, ends = ranks("run", 1, "run-one", recipe=str(recipe))
+    assert ends == [0], Path(f"{out}.log").read_text()[-3000:]
+    return out
+
+
+def assert_same_run(one, two):
+    "The run of two processes counted, learnt and reported what that of one did."
+    assert Path(f"{two}.log").read_text().count("Write metrics.json") == 1
     a, b = (stage(out, "pretrain") for out in (one, two))
     assert a["tokens_per_source"] == b["tokens_per_source"] and a["steps"] == b["steps"]
     assert sum(a["tokens_per_source"].values()) == a["tokens"] == b["tokens"]
@@ -183,6 +185,25 @@ def test_a_run_of_two_processes_is_killed_and_ends_as_one_does(ranks, recipe):
         assert x.get("loss_general", 0) == pytest.approx(y.get("loss_general", 0), abs=1e-3)
     assert len(list(two.glob("report.html"))) == 1
     assert stage(one, "evaluate") == pytest.approx(stage(two, "evaluate"), abs=1e-3)
+
+
+def test_a_run_of_two_processes_is_killed_and_ends_as_one_does(ranks, recipe, run_alone):
+    two, ends = ranks("run", 2, "run-two", recipe=str(recipe), die=(1, 80))
+    assert broken(ends) and list((two / "pretrain" / "checkpoints").glob("checkpoint-*/seal.json"))
+    two, ends = ranks("run", 2, "run-two", recipe=str(recipe))
+    said = Path(f"{two}.log").read_text()
+    assert ends == [0, 0], said[-3000:]
+    assert said.count("corpus: unchanged") + said.count("skipped") >= 2
+    assert_same_run(run_alone, two)
+
+
+def test_a_run_with_divided_weights_ends_as_one_process_does(ranks, recipe, run_alone):
+    "FSDP2: each of two processes holds half of the weights, and a whole run counts and reports as that of one."
+    two, ends = ranks("run", 2, "run-divided", recipe=str(recipe), divide=True)
+    said = Path(f"{two}.log").read_text()
+    assert ends == [0, 0], said[-3000:]
+    assert said.count("0.5 of the weights") == 2
+    assert_same_run(run_alone, two)
 
 
 def test_an_error_in_the_input_is_said_once(ranks, recipe):

@@ -60,10 +60,10 @@ def ours(coded, length):
     model, _ = load()
     cfg = settings(TRAIN_DEFAULTS, dict(length=length, tokens_per_step=length, learning_rate=RATE, probes=1))
     with tempfile.TemporaryDirectory() as d:
-        return _timed(lambda: train(model, coded, d, cfg))
+        return timed(lambda: train(model, coded, d, cfg))
 
 
-def _timed(run):
+def timed(run):
     """Seconds in the trainer's loop after its first two steps, as if for all rows, and the mean loss per labelled
     token, caught from the Trainer itself."""
     import transformers
@@ -137,7 +137,7 @@ def trl(coded, best, length):
             **kw,
         )
         trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tok)
-        return _timed(lambda: trainer.train())
+        return timed(lambda: trainer.train())
 
 
 def matmul_peak():

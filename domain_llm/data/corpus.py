@@ -13,7 +13,8 @@ from ..core import InputError, progress
 from .clean import clean
 from .dedup import covered, letters, rank
 from .leaks import decontaminate
-from .read import KINDS, as_dataset, faults, read_documents, remove_file
+from .read import KINDS, faults, read_documents
+from .rows import as_dataset, remove_file
 
 # %% ../../nbs/23_data.corpus.ipynb #e2f41dca
 def _sizes(rows):

@@ -15,7 +15,7 @@ import numpy as np
 from ..core import InputError
 from .dedup import letters, rolling_hash
 from .formats import CJK, normal_form
-from .read import as_dataset
+from .rows import as_dataset
 
 # %% ../../nbs/22_data.leaks.ipynb #12b23731
 def units_of(

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ..core import InputError, fingerprint, iter_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from ..data.corpus import build_corpus, corpus_report, hold_out
-from ..data.read import as_dataset, faults, read_documents, remove_file
+from ..data.read import faults, read_documents
 from ..data.reworded import without_leaks
+from ..data.rows import as_dataset, remove_file
 from ..data.tasks import NEEDS, mined, row_tasks
 from ..demo.files import write_world
 from ..demo.general import common_questions, general_text, python_docs
