@@ -202,7 +202,7 @@ def test_a_run_with_divided_weights_ends_as_one_process_does(ranks, recipe, run_
     two, ends = ranks("run", 2, "run-divided", recipe=str(recipe), divide=True)
     said = Path(f"{two}.log").read_text()
     assert ends == [0, 0], said[-3000:]
-    assert said.count("0.5 of the weights") == 2
+    assert said.count("0.5 of the weights") >= 2
     assert_same_run(run_alone, two)
 
 
