@@ -850,7 +850,9 @@ def test_questions_from_the_hub(monkeypatch):
     monkeypatch.setattr(
         datasets,
         "load_dataset",
-        lambda name, subset, split: asked.append((name, subset, split)) or datasets.Dataset.from_list(sets[name]),
+        lambda name, subset, split, streaming: (
+            asked.append((name, subset, split)) or datasets.Dataset.from_list(sets[name])
+        ),
     )
     for name in ("cais/mmlu:nutrition", "haonan-li/cmmlu"):
         assert [(r["question"], r["choices"], r["answer"]) for r in read_questions(name)] == [("Q?", list("abcd"), 2)]
