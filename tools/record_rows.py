@@ -106,6 +106,17 @@ def measure(millions):
     print(json.dumps(figures | dict(disk_mb=disk / 2**20, seconds=seconds)))
 
 
+def each_alone(script, sizes):
+    "The figures of each size, which a script prints as JSON, each in a process of its own."
+    found = []
+    for size in sizes:
+        command = [sys.executable, script, "--one", str(size)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        print(found[-1], flush=True)
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", type=int, nargs="+", default=[1, 10, 200], metavar="N", help="tokens")
@@ -113,12 +124,7 @@ def main():
     given, started = parser.parse_args(), time.time()
     if given.one:
         return measure(given.one)
-    found = []
-    for millions in given.millions:
-        command = [sys.executable, __file__, "--one", str(millions)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-        print(found[-1], flush=True)
+    found = each_alone(__file__, given.millions)
     print(save_result("rows", dict(sizes=found, length=LENGTH, steps=STEPS), started))
 
 

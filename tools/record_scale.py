@@ -11,15 +11,13 @@ Linux only.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 from bench_dedup import COPIES, corpus
-from record_rows import anonymous_mb
+from record_rows import anonymous_mb, each_alone
 
 from domain_llm.core import write_jsonl
 from domain_llm.data.corpus import build_corpus
@@ -85,13 +83,7 @@ def main():
     given, started = parser.parse_args(), time.time()
     if given.one:
         return measure(given.one)
-    found = []
-    for megabytes in given.megabytes:
-        command = [sys.executable, __file__, "--one", str(megabytes)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-        print(found[-1], flush=True)
-    print(save_result("scale", dict(sizes=found), started))
+    print(save_result("scale", dict(sizes=each_alone(__file__, given.megabytes)), started))
 
 
 if __name__ == "__main__":
