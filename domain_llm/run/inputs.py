@@ -73,8 +73,7 @@ def read_inputs(
             write_jsonl(folder / "rows.jsonl", rows)
             write_json(folder / "skipped.json", skipped)
             keep.finish(folder, rows=len(rows), skipped=len(skipped))
-            if hasattr(rows, "cache_files"):
-                remove_file(rows)
+            remove_file(rows)
         found[role] = read_json(folder / "manifest.json")["rows"]
     return found
 
