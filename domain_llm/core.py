@@ -143,10 +143,14 @@ def read_json(path):
 
 
 def write_jsonl(path, rows):
-    "Write an iterable of dicts, one JSON object per line, atomically; nan and infinities become null."
+    """Write an iterable of dicts, one JSON object per line, atomically, and give their number; nan and infinities
+    become null."""
+    written = 0
     with atomic_file(path) as f:
         for row in rows:
             f.write(json.dumps(_finite(dict(row)), ensure_ascii=False, allow_nan=False) + "\n")
+            written += 1
+    return written
 
 
 def iter_jsonl(path):

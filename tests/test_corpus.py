@@ -29,7 +29,7 @@ from domain_llm.data.formats import MAX_BYTES, decode
 from domain_llm.data.leaks import decontaminate, units_of
 from domain_llm.data.read import faults, read_documents
 from domain_llm.data.reworded import paraphrases, without_leaks
-from domain_llm.data.rows import as_dataset
+from domain_llm.data.rows import as_dataset, remove_file
 from domain_llm.data.scale import datatrove_stages
 from domain_llm.demo.facts import demo_strings
 from domain_llm.demo.files import write_world
@@ -1116,6 +1116,23 @@ def test_reworded_questions_go_from_documents_and_stay_in_conversations():
     assert kept == pages and {g["reason"] for g in gone} == {"suspected"}
 
 
+def test_leaks_of_rows_on_disk_are_those_of_rows_in_memory(tmp_path, monkeypatch):
+    asked, pages, stating = rewordings(4)
+    talks = [talk(("user", p["text"][:300]), ("assistant", p["text"][300:]), name=f"talk-{p['id']}") for p in pages]
+    rows = [*pages[:20], *talks, *stating, *pages[20:]]
+    rows.insert(7, row(f"{asked[0]['question']} {asked[0]['choices'][asked[0]['answer']]}", name="copy"))
+    kept, gone = without_leaks(rows, asked)
+    assert {g["reason"] for g in gone} >= {"leak", "suspected"} and any("reworded" in g["reason"] for g in gone)
+    monkeypatch.setattr("domain_llm.data.rows.IN_MEMORY", 1000)
+    monkeypatch.setattr("domain_llm.data.rows._scratch", lambda: tmp_path)
+    monkeypatch.setattr("domain_llm.data.reworded._BLOCK", 3000)
+    on_disk, found = without_leaks(iter(rows), asked)
+    assert (list(on_disk), found) == (kept, gone) and len(on_disk) == len(kept)
+    assert [*tmp_path.iterdir()] == [on_disk.path]  # what came between is gone
+    remove_file(on_disk)
+    assert not on_disk.path.exists()
+
+
 def test_a_paragraph_that_asks_goes_with_its_answer():
     text = (
         "The crane stands in the yard. " * 10
@@ -1312,11 +1329,14 @@ def test_a_corpus_on_disk_is_the_one_in_memory(tmp_path, monkeypatch):
     files = write_world(tmp_path / "world", 0, 20)
     questions = make_world(0, 20)["mcq"]
     memory = build_corpus(files["docs"], questions)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     monkeypatch.setattr("domain_llm.data.rows.IN_MEMORY", 1000)
+    monkeypatch.setattr("domain_llm.data.rows._scratch", lambda: scratch)
     disk = build_corpus(files["docs"], questions)
     assert not memory["rows"].cache_files
     (file,) = (Path(file["filename"]) for file in disk["rows"].cache_files)
-    assert list(file.parent.glob("*.arrow")) == [file]  # what came between is gone
+    assert [*scratch.iterdir()] == [file]  # what came between is gone
     assert disk["rows"].to_list() == memory["rows"].to_list()
     assert disk["report"] | dict(seconds=None) == memory["report"] | dict(seconds=None)
     for ours, theirs in zip(hold_out(disk["rows"]), hold_out(memory["rows"].to_list())):

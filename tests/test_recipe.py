@@ -474,7 +474,7 @@ def test_documents_are_selected_within_the_budget(tiny_model, tmp_path):
 
     def selected(**select):
         cfg = check_recipe(dict(demo=8, **select))
-        return list(training._selected(tmp_path / "documents.jsonl", cfg, model, tok)())
+        return list(training._selected(tmp_path / "documents.jsonl", cfg, model, tok, tmp_path / "rows")())
 
     found = selected(select=dict(tokens=200, kinds=["standard"]))
     sizes = [len(r["input_ids"]) for r in tokenize(found, tok, "x")]
@@ -559,6 +559,24 @@ def test_numbers_stay_as_they_were_written():
     cfg = check_recipe(dict(demo=8, mix=dict(epochs=1, max_epochs=2.0), pretrain=dict(learning_rate="2e-4", warmup=0)))
     assert json.dumps([cfg["mix"]["epochs"], cfg["mix"]["max_epochs"], cfg["pretrain"]["warmup"]]) == "[1, 2.0, 0]"
     assert cfg["pretrain"]["learning_rate"] == 2e-4 and cfg["sft"]["alpha"] == 32
+
+
+def test_a_corpus_stage_on_disk_writes_what_one_in_memory_writes(tmp_path, monkeypatch):
+    cfg = demo_data(check_recipe(dict(demo=12, tasks=["d2qa"])), tmp_path)
+    read_inputs(cfg, tmp_path)
+    read = {role: tmp_path / "inputs" / role / "rows.jsonl" for role in ROLES}
+    read["skipped"] = tmp_path / "inputs" / "documents" / "skipped.json"
+    figures, written, scratch = [], [], tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("domain_llm.data.rows._scratch", lambda: scratch)
+    for name, most in (("memory", 10**9), ("disk", 1000)):
+        monkeypatch.setattr("domain_llm.data.rows.IN_MEMORY", most)
+        monkeypatch.setattr("domain_llm.data.reworded._BLOCK", most)
+        (tmp_path / name).mkdir()
+        figures.append(corpus_stage(cfg, read, tmp_path / name))
+        written.append({path.name: path.read_text() for path in (tmp_path / name).glob("*.jsonl")})
+        assert not [*scratch.iterdir()]  # what came between is gone
+    assert figures[0] == figures[1] and written[0] == written[1] and len(written[0]) == 4
 
 
 def test_exam_questions_are_taken_out_of_everything_that_is_trained_on(tmp_path):

@@ -14,6 +14,7 @@ from domain_llm.core import InputError
 from domain_llm.data.dedup import shingles
 from domain_llm.data.density import PRIORS, _found, _top_gram, density, explain, quality
 from domain_llm.data.read import KINDS
+from domain_llm.data.rows import as_dataset, remove_file
 from domain_llm.data.select import SCORES, dsir, embed, ranks, select, semantic, to_budget, tokens_of
 from domain_llm.demo.general import python_docs
 from domain_llm.demo.world import make_world
@@ -313,6 +314,17 @@ def test_selections_state_more_facts_than_chance(world):
 
 
 # ---- one call
+
+
+@pytest.mark.parametrize("by", SCORES)
+def test_rows_on_disk_are_selected_as_those_in_memory(world, by, monkeypatch):
+    docs = world[0]["documents"]
+    few = dict(kinds=["book", "web"]) if by == "prior" else {}
+    want = select(docs, 2500, by=by, seed=7, **few)
+    monkeypatch.setattr("domain_llm.data.rows.IN_MEMORY", 1000)
+    stored = as_dataset(docs)
+    assert stored.cache_files and select(stored, 2500, by=by, seed=7, **few).to_list() == want
+    remove_file(stored)
 
 
 @pytest.mark.parametrize("by", SCORES)

@@ -1,130 +1,110 @@
-"""Memory and time from documents to the first training steps, for corpora of several sizes; recorded in
-nbs/results/rows.json.
+"""Memory of `domain-llm run` from documents to training steps, and of its resume, for corpora of several sizes;
+recorded in nbs/results/rows.json.
 
     python tools/record_rows.py [--millions 1 10 200]
 
-Each size is a process of its own: two files of documents (half domain, half general), token rows, a mixture 1:1,
-packed rows and twenty steps of a small model, as `domain-llm run` does it. `grew_mb` is the largest growth of
-anonymous memory, which the system cannot take back, over that of the program with model and tokenizer. Linux only.
+Half of the tokens are domain documents, half are general text, as record_scale.py makes them. A recipe with a small
+random model is run by the command line, killed once a checkpoint of the training is whole, called again and killed
+after the next one. `peak_mb` has, by stage, the largest anonymous memory of the process, which the system cannot take
+back; program and model are in it. Linux only.
 """
 
 import argparse
 import json
+import os
+import re
+import signal
 import subprocess
-import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-from domain_llm.core import iter_jsonl, write_jsonl
-from domain_llm.data.mix import mixture, token_rows
-from domain_llm.data.rows import gathered
+import yaml
+from record_scale import anonymous_mb, write_documents
+
+from domain_llm.core import write_jsonl
 from domain_llm.demo.world import make_world
-from domain_llm.devices import file_lines
 from domain_llm.models import load_tokenizer, tiny
 from domain_llm.results import save_result
-from domain_llm.train.loop import TRAIN_DEFAULTS, train
 
-STEPS = 20
+STEPS = 20  # between two checkpoints
 LENGTH = 1024
+MEGABYTES = 5.3  # of a million tokens
 
 
-class EnoughSteps(Exception):
-    "Raised by the probe that ends a training."
+def write_recipe(folder, millions):
+    "A small model, two halves of documents, and the recipe that trains on both for one epoch."
+    tok, questions = load_tokenizer(), make_world(seed=0)["mcq"]
+    tiny(tok).save_pretrained(folder / "model")
+    tok.save_pretrained(folder / "model")
+    write_jsonl(folder / "questions.jsonl", questions)
+    for name, first in (("domain", 0), ("general", 10_000)):
+        (folder / name).mkdir()
+        write_documents(folder / name, millions * MEGABYTES / 2, questions, first)
+    data = dict(documents=[str(folder / "domain")], general=[str(folder / "general")])
+    probes = max(1, round(millions * 1e6 / (LENGTH * STEPS)))
+    recipe = dict(
+        name="rows",
+        model=str(folder / "model"),
+        data=data | dict(questions=[str(folder / "questions.jsonl")]),
+        mix=dict(parts=dict(domain=1, general=1)),
+        pretrain=dict(length=LENGTH, tokens_per_step=LENGTH, probes=probes),
+        sft=False,
+        quantize=False,
+        evaluate=dict(questions=40, probe_tokens=2000),
+    )
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
-def anonymous_mb():
-    "Anonymous memory of this process, in MB."
-    (line,) = (line for line in file_lines("/proc/self/status") if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024
+def checkpoints(out):
+    "The steps of the checkpoints that are whole."
+    found = (out / "pretrain" / "checkpoints").glob("checkpoint-*/seal.json")
+    return {int(path.parent.name.split("-")[1]) for path in found}
 
 
-def watch(peaks, ended):
-    "Keep the largest anonymous memory in `peaks` until `ended` is set."
-    while not ended.wait(0.02):
-        peaks[0] = max(peaks[0], anonymous_mb())
+def watched(folder, beyond):
+    "Call the run until there is a checkpoint of a step beyond this one; gives the peaks by stage, and seconds."
+    log, out, peaks, began = folder / "log.txt", folder / "out", {}, time.time()
+    command = ["domain-llm", "run", str(folder / "recipe.yaml"), "--output", str(out)]
+    with open(log, "w") as f:
+        running = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
+    while not any(step > beyond for step in checkpoints(out)):
+        if running.poll() is not None:
+            raise SystemExit(log.read_text()[-3000:])
+        stage = (["start"] + re.findall(r"^\[\d+/\d+\] (\w+):", log.read_text(), re.MULTILINE))[-1]
+        peaks[stage] = max(peaks.get(stage, 0), anonymous_mb(running.pid))
+        time.sleep(0.1)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    return dict(peak_mb=peaks, seconds=time.time() - began)
 
 
-def write_documents(path, tokens, seed):
-    "A file of different documents of the demo with so many tokens at least."
-
-    def documents():
-        written = 0
-        for n in range(10**9):
-            for doc in make_world(seed=1000 * seed + n % 50, entities=20)["documents"]:
-                text = f"Copy {n}. {doc['text']}"
-                yield dict(text=text)
-                written += len(text) / 3.2  # characters of a token, from a count of these documents
-                if written > tokens:
-                    return
-
-    write_jsonl(path, documents())
-
-
-def few_steps(model, rows, tokens, folder):
-    "Train until the first probe after the start."
-    calls = []
-
-    def probe(model):
-        calls.append(1)
-        if len(calls) > 1:
-            raise EnoughSteps
-        return dict(score=0.0)
-
-    probes = max(1, tokens // (LENGTH * STEPS))
-    settings = {**TRAIN_DEFAULTS, "length": LENGTH, "tokens_per_step": LENGTH, "probes": probes}
-    try:
-        train(model, rows, folder, settings, probe)
-    except EnoughSteps:
-        pass
+def tokens_said(log):
+    "The tokens of each source, as the run says them."
+    (line,) = re.findall(r"^tokens of (.*)$", log, re.MULTILINE)
+    return {name: int(n.replace(",", "")) for name, n in re.findall(r"(\w+) ([\d,]+) \(", line)}
 
 
 def measure(millions):
-    "Figures of one size, printed as JSON."
-    tok = load_tokenizer()
-    model = tiny(tok)
+    "Figures of one size."
     with tempfile.TemporaryDirectory() as name:
-        folder, tokens = Path(name), millions * 500_000
-        for seed, source in enumerate(("domain", "general")):
-            write_documents(folder / f"{source}.jsonl", tokens, seed)
-        base, started, seconds = anonymous_mb(), time.time(), {}
-        peaks, ended = [base], threading.Event()
-        threading.Thread(target=watch, args=(peaks, ended), daemon=True).start()
-        sources = {}
-        for source in ("domain", "general"):
-            texts = iter_jsonl(folder / f"{source}.jsonl")
-            sources[source] = gathered(token_rows(texts, tok, source, LENGTH), folder / f"{source}.arrow")
-        seconds["tokenized"] = time.time() - started
-        rows, plan = mixture(sources, dict(domain=1, general=1), path=folder / "mixture.arrow")
-        seconds["mixed"] = time.time() - started
-        few_steps(model, rows, sum(plan["tokens"].values()), folder / "training")
-        seconds["trained"] = time.time() - started
-        ended.set()
-        disk = sum(path.stat().st_size for path in folder.rglob("*.arrow"))
-    figures = dict(tokens=sum(plan["tokens"].values()), rows=len(rows), base_mb=base, grew_mb=peaks[0] - base)
-    print(json.dumps(figures | dict(disk_mb=disk / 2**20, seconds=seconds)))
-
-
-def each_alone(script, sizes):
-    "The figures of each size, which a script prints as JSON, each in a process of its own."
-    found = []
-    for size in sizes:
-        command = [sys.executable, script, "--one", str(size)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-        print(found[-1], flush=True)
-    return found
+        folder = Path(name)
+        write_recipe(folder, millions)
+        first = watched(folder, 0)
+        tokens = tokens_said((folder / "log.txt").read_text())
+        step = max(checkpoints(folder / "out"))
+        resumed = watched(folder, step)
+        disk = sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file())
+    return dict(tokens=tokens, first=first, resumed=resumed, killed_at=step, disk_mb=disk / 1e6)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", type=int, nargs="+", default=[1, 10, 200], metavar="N", help="tokens")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
-    given, started = parser.parse_args(), time.time()
-    if given.one:
-        return measure(given.one)
-    found = each_alone(__file__, given.millions)
+    given, started, found = parser.parse_args(), time.time(), []
+    for millions in given.millions:
+        found.append(measure(millions))
+        print(json.dumps(found[-1]), flush=True)
     print(save_result("rows", dict(sizes=found, length=LENGTH, steps=STEPS), started))
 
 

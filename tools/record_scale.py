@@ -11,22 +11,30 @@ Linux only.
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 from bench_dedup import COPIES, corpus
-from record_rows import anonymous_mb, each_alone
 
 from domain_llm.core import write_jsonl
 from domain_llm.data.corpus import build_corpus
 from domain_llm.demo.world import make_world
+from domain_llm.devices import file_lines
 from domain_llm.results import save_result
 
 PART = 10_000  # documents of a file
 DOCUMENT = 1200  # bytes, about
 ASKED = 1000  # one document in so many holds a question
+
+
+def anonymous_mb(process="self"):
+    "Anonymous memory of a process, in MB."
+    (line,) = (line for line in file_lines(f"/proc/{process}/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
 
 
 def write_part(folder, number, size, questions):
@@ -38,10 +46,11 @@ def write_part(folder, number, size, questions):
     return sum(len(planted[level]) for level in COPIES)
 
 
-def write_documents(folder, megabytes, questions):
-    "Write documents of about so many megabytes in all; gives how many there are, and how many repeat another one."
-    documents, repeated = megabytes * 10**6 // DOCUMENT, 0
-    for number, start in enumerate(range(0, documents, PART)):
+def write_documents(folder, megabytes, questions, first=0):
+    """Write documents of about so many megabytes in all, the files numbered from `first`; gives how many there are, and
+    how many repeat another one."""
+    documents, repeated = int(megabytes * 10**6) // DOCUMENT, 0
+    for number, start in enumerate(range(0, documents, PART), first):
         repeated += write_part(folder, number, min(PART, documents - start), questions)
     return documents, repeated
 
@@ -73,6 +82,17 @@ def measure(megabytes):
     print(json.dumps(figures | dict(repeated=repeated, dropped=report["dropped"])))
 
 
+def each_alone(sizes):
+    "The figures of each size, measured in a process of its own."
+    found = []
+    for size in sizes:
+        command = [sys.executable, __file__, "--one", str(size)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        print(found[-1], flush=True)
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[1, 10, 100, 1000], metavar="N", help="of text")
@@ -80,7 +100,7 @@ def main():
     given, started = parser.parse_args(), time.time()
     if given.one:
         return measure(given.one)
-    print(save_result("scale", dict(sizes=each_alone(__file__, given.megabytes)), started))
+    print(save_result("scale", dict(sizes=each_alone(given.megabytes)), started))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ __all__ = ['paraphrases', 'without_leaks']
 
 # %% ../../nbs/93_data.reworded.ipynb #4d3f06b1
 import re
+from functools import partial
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from domain_llm.data.leaks import (
     without_copies,
     words_around,
 )
+from .rows import blocks, remove_file, spooled
 
 # %% ../../nbs/93_data.reworded.ipynb #3ff3d8ad
 _SIGN = r"\?|_{2,}|(?<![A-Za-z0-9_\])])\( *\)|(?:answer|答案?) *:"  # a question mark, a blank, "Answer:"
@@ -42,6 +44,7 @@ def _idf(
     return np.log(1 + n / (1 + having))
 
 # %% ../../nbs/93_data.reworded.ipynb #67268417
+_SUSPECT = 0.3  # share of a question's words, by weight, from which a row seems to ask it
 _ANSWER = 0.8  # share of the right answer's words, by weight, that must follow
 
 
@@ -139,11 +142,11 @@ def _sought(questions):
 def _weigh(
     sought,  # as from `_sought`
     number,  # word -> number
-    having,  # rows of each word
+    having,  # number of rows that have each word, an array
     n,  # number of rows
 ):
     "The weights of the words of each stem and of each answer, by number."
-    weight = _idf(n, np.array([len(rows) for rows in having]))
+    weight = _idf(n, having)
     asking = [number[word] for stem, *_ in sought for word in set(stem)]
     often = np.bincount(asking, minlength=len(number))  # questions that have a word
     in_stem = weight * (1 - (often - 1) / max(len(sought), 1))
@@ -170,25 +173,55 @@ def _numbered(sought):
     return {word: i for i, word in enumerate(dict.fromkeys(["?", *words]))}
 
 # %% ../../nbs/93_data.reworded.ipynb #c2aaddb9
-def _rewordings(rows, questions, share):
-    "Each place that seems to ask: (row, question, share, word number of the sign, words of the question, reach)."
-    sought = _sought(questions)
-    number = _numbered(sought)
-    read, having = _reading(rows, number)
+_BLOCK = 10_000_000  # characters of text that are read at a time
+
+
+def _readings(texts, number):
+    "For each block of texts the place of its first row, and what `_reading` gives."
+    first = 0
+    for block in blocks(texts(), _BLOCK):
+        yield first, *_reading(block, number)
+        first += len(block)
+
+
+def _in_block(reading, questions, sought, weights, share):
+    "Each place of a block that seems to ask, as from `_rewordings`."
+    first, read, having = reading
     asking_rows = set(having[0].tolist())
-    weights = _weigh(sought, number, having, len(rows))
     for question, (words, _, reach), (stem, answer) in zip(questions, sought, weights):
         for i in _holders(stem, share, having) & _holders(answer, _ANSWER, having) & asking_rows:
             places = _asked(read[i], stem, answer, 2 * len(words), reach)
             for got, sign in sorted(places, reverse=True):
                 if got >= share:
-                    yield i, question, got, -sign, len(words), reach
+                    yield first + i, question, got, -sign, len(words), reach
+
+
+def _rewordings(
+    texts,  # function that gives an iterator over rows with "text": they are read twice, unless one block holds them
+    questions,  # question rows
+    share,  # of a question's words, by weight
+):
+    "Each place that seems to ask: (row, question, share, word number of the sign, words of the question, reach)."
+    sought = _sought(questions)
+    number = _numbered(sought)
+    rows, rows_with, last = 0, np.zeros(len(number), int), None
+    for last in _readings(texts, number):
+        _, read, having = last
+        rows += len(read)
+        rows_with += [len(some) for some in having]
+    if not rows:
+        return
+    first, *_ = last
+    readings = [last] if first == 0 else _readings(texts, number)
+    weights = _weigh(sought, number, rows_with, rows)
+    for reading in readings:
+        yield from _in_block(reading, questions, sought, weights, share)
 
 # %% ../../nbs/93_data.reworded.ipynb #abd9ded3
 def paraphrases(
     rows,  # document rows, or conversations: rows with "messages"
     questions,  # question rows with a right answer (choices and answer, or reference)
-    share: float = 0.3,  # of a question's words, by weight, that must stand before its answer
+    share: float = _SUSPECT,  # of a question's words, by weight, that must stand before its answer
 ):
     """Documents that seem to ask an evaluation question in other words and to answer it, the surest first.
 
@@ -200,15 +233,27 @@ def paraphrases(
     if not 0 < share <= 1:
         raise InputError(f"share {share} is not a share: choose one above 0 and at most 1.")
     rows = [_as_text(row, i) for i, row in enumerate(rows)]
+    return _described(_surest(partial(iter, rows), list(questions), share), rows)
+
+
+def _surest(texts, questions, share):
+    "For each row that seems to ask (place, share, question, first word, word after), the surest first."
     best = {}
-    for i, question, got, sign, words, reach in _rewordings(rows, list(questions), share):
+    for i, question, got, sign, words, reach in _rewordings(texts, questions, share):
         if i not in best or got > best[i][0]:
             best[i] = (got, question["question"], sign - words, sign + reach)
-    found = []
-    for i, (got, question, first, after) in sorted(best.items(), key=lambda item: (-item[1][0], item[0])):
+    return sorted(((i, *what) for i, what in best.items()), key=lambda found: (-found[1], found[0]))
+
+
+def _described(found, texts):
+    "What `_surest` found in some texts, for a reader."
+    places = {place for place, *_ in found}
+    rows = {i: row for i, row in enumerate(texts) if i in places}
+    described = []
+    for i, share, question, first, after in found:
         excerpt = _cut(rows[i]["text"], first, after)
-        found.append(dict(id=rows[i]["id"], question=question, share=round(float(got), 3), excerpt=excerpt))
-    return found
+        described.append(dict(id=rows[i]["id"], question=question, share=round(float(share), 3), excerpt=excerpt))
+    return described
 
 # %% ../../nbs/93_data.reworded.ipynb #479c3874
 def _lost(row, i, reason, question, excerpt):
@@ -254,49 +299,63 @@ def _clear_talk(row, index):
     return {**row, "messages": kept} if first is None or asked else None, first, where
 
 # %% ../../nbs/93_data.reworded.ipynb #690f144e
+def _texts_with(key, rows, places):
+    "The rows that have a key, text or messages, as from `_as_text`; each row has its place."
+    for row, place in zip(rows, places):
+        if ("text" in row) == (key == "text"):
+            yield _as_text(row, place)
+
+
+def _without_asking(row, place, asked, min_chars):
+    "A document without the paragraphs that ask (None: too little is left), and an entry for what went."
+    parts = paragraphs(row["text"])
+    ends = np.cumsum([len(_stream(part)) for part in parts])
+    asking = {int(np.searchsorted(ends, sign, "right")) for sign, *_ in asked}
+    left = _enough(row, cut_out(parts, asking), min_chars)
+    _, question, first, after = min(asked, key=lambda found: found[0])
+    reason = "reworded" if left is None else "reworded, removed"
+    return left, _lost(row, place, reason, question, _cut(row["text"], first, after))
+
+
 def _clear_reworded(
-    rows,  # pairs of place and document row
+    rows,  # that can be read twice
+    places,  # of the rows; those of the rows that stay take their place
     questions,
     sure,  # share from which a paragraph goes
     min_chars,
+    gone,  # gets an entry for each document that lost something
 ):
-    "Documents without the paragraphs that ask a question in other words, and entries for those."
-    found = {}
-    texts = [_as_text(row, i) for i, row in rows]
-    for k, question, _, sign, words, reach in _rewordings(texts, questions, sure):
-        found.setdefault(k, []).append((sign, question, sign - words, sign + reach))
-    kept, gone = [], []
-    for k, (i, row) in enumerate(rows):
-        if k not in found:
-            kept.append((i, row))
-            continue
-        parts = paragraphs(row["text"])
-        ends = np.cumsum([len(_stream(part)) for part in parts])
-        asking = {int(np.searchsorted(ends, sign, "right")) for sign, *_ in found[k]}
-        left = _enough(row, cut_out(parts, asking), min_chars)
-        _, question, first, after = min(found[k], key=lambda place: place[0])
-        reason = "reworded" if left is None else "reworded, removed"
-        gone.append(_lost(row, i, reason, question, _cut(row["text"], first, after)))
-        if left is not None:
-            kept.append((i, left))
-    return kept, gone
+    "Yield the rows, documents without the paragraphs that ask a question in other words."
+    found, at, staying = {}, -1, []
+    for n, question, _, sign, words, reach in _rewordings(partial(_texts_with, "text", rows, places), questions, sure):
+        found.setdefault(n, []).append((sign, question, sign - words, sign + reach))
+    for row, place in zip(rows, places):
+        at += "text" in row
+        if "text" in row and at in found:
+            row, entry = _without_asking(row, place, found[at], min_chars)
+            gone.append(entry)
+        if row is not None:
+            staying.append(place)
+            yield row
+    places[:] = staying
 
 # %% ../../nbs/93_data.reworded.ipynb #b191bd6a
-def _suspected(
-    rows,  # pairs of place and row
-    questions,
-    most=5,
-):
-    "Entries for up to `most` rows that seem to ask a question in other words, with the number of all such rows."
-    if not rows:
-        return []
-    found = paraphrases([{**row, "id": row.get("id", i)} for i, row in rows], questions)
-    return [{**entry, "reason": "suspected", "count": len(found)} for entry in found[:most]]
+def _suspected(texts, questions):
+    "Entries for up to five rows that seem to ask a question in other words, with the number of all such rows."
+    found = _surest(texts, questions, _SUSPECT)
+    entries = _described(found[:5], texts())
+    return [{**entry, "reason": "suspected", "count": len(found)} for entry in entries]
 
 # %% ../../nbs/93_data.reworded.ipynb #42858838
-def _clear_copies(rows, questions, index, min_chars):
-    "Pairs of place and row without copied questions, and entries for what went."
-    kept, gone = [], []
+def _clear_copies(
+    rows,
+    questions,
+    index,  # of the questions, as from `leak_index`
+    min_chars,
+    gone,  # gets an entry for each row that lost something
+    places,  # gets the place of each row that stays
+):
+    "Yield the rows without copied questions."
     for i, row in enumerate(rows):
         _as_text(row, i)  # refuses what is neither
         cleared = _clear_text(row, index, min_chars) if "text" in row else _clear_talk(row, index)
@@ -305,8 +364,8 @@ def _clear_copies(rows, questions, index, min_chars):
             reason = "leak" if left is None else "leak removed"
             gone.append(_lost(row, i, reason, questions[first], where))
         if left is not None:
-            kept.append((i, left))
-    return kept, gone
+            places.append(i)
+            yield left
 
 # %% ../../nbs/93_data.reworded.ipynb #fca046e7
 def without_leaks(
@@ -318,22 +377,21 @@ def without_leaks(
 ):
     """Take evaluation questions out of all training rows: gives (kept rows, what was found).
 
-    The second is a list of {"id", "reason", "question", "excerpt"}.
-    Copied questions, by the rule of `decontaminate`: "leak removed" (the paragraph of a document, the pair of question
-    and answer of a conversation) or "leak" (the whole row, where too little is left). Reworded ones in documents, as
-    `paraphrases` finds them: "reworded, removed" or "reworded" in the same way; those below `sure` are "suspected" and
-    stay. In conversations reworded questions always stay, since teaching what the exam asks is what they are for: they
-    are "suspected", too. Suspected rows are counted under "count" of up to five examples, the surest, for documents and
-    for conversations. A row without "id" is known by its place."""
+    The first is as from `spooled`, a list unless they are many: save it to keep it. The second is a list of {"id",
+    "reason", "question", "excerpt"}. Copied questions, by the rule of `decontaminate`: "leak removed" (the paragraph of
+    a document, the pair of question and answer of a conversation) or "leak" (the whole row, where too little is left).
+    Reworded ones in documents, as `paraphrases` finds them: "reworded, removed" or "reworded" in the same way; those
+    below `sure` are "suspected" and stay. In conversations reworded questions always stay, since teaching what the exam
+    asks is what they are for: they are "suspected", too. Suspected rows are counted under "count" of up to five
+    examples, the surest, for documents and for conversations. A row without "id" is known by its place."""
     if sure is not None and not 0.3 <= sure <= 1:
         raise InputError(f"sure={sure} is not a share from 0.3 to 1.")
-    questions = list(questions)
-    kept, gone = _clear_copies(rows, questions, checked_index(questions, n), min_chars)
+    questions, gone, places = list(questions), [], []
+    kept = spooled(_clear_copies(rows, questions, checked_index(questions, n), min_chars, gone, places))
     answered = [q for q in questions if not isinstance(q, str) and right_answer(q)]
-    texts = [(i, row) for i, row in kept if "text" in row]
-    talks = [(i, row) for i, row in kept if "text" not in row]
     if sure is not None:
-        texts, more = _clear_reworded(texts, answered, sure, min_chars)
-        gone += more
-    kept = [row for _, row in sorted([*texts, *talks], key=lambda pair: pair[0])]
-    return kept, gone + _suspected(texts, answered) + _suspected(talks, answered)
+        before, kept = kept, spooled(_clear_reworded(kept, places, answered, sure, min_chars, gone))
+        remove_file(before)
+    for key in ("text", "messages"):
+        gone += _suspected(partial(_texts_with, key, kept, places), answered)
+    return kept, gone

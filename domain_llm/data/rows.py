@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'PACKED', 'DOCUMENTS', 'IN_MEMORY', 'features', 'write_arrow', 'gathered', 'lengths', 'chosen', 'as_dataset',
-           'remove_file']
+           'Lines', 'spooled', 'blocks', 'remove_file']
 
 # %% ../../nbs/93_data.rows.ipynb #ea54db5a
 import atexit
@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from uuid import uuid4
 
-from ..core import atomic_file
+from ..core import atomic_file, iter_jsonl, write_jsonl
 from ..ranks import once
 
 # %% ../../nbs/93_data.rows.ipynb #9f74f494
@@ -109,6 +109,17 @@ def _remove(folder, owner):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _first(rows, size):
+    "The first rows of an iterator, up to `IN_MEMORY` characters, and whether more may follow."
+    first, characters = [], 0
+    for row in rows:
+        first.append(row)
+        characters += size(row)
+        if characters > IN_MEMORY:
+            return first, True
+    return first, False
+
+
 def as_dataset(
     rows,  # iterable of document rows
 ):
@@ -116,13 +127,9 @@ def as_dataset(
     a file of the system's temporary folder (TMPDIR), which is read as needed and goes when Python ends."""
     from datasets import Dataset
 
-    rows, first, size = ({name: row[name] for name in DOCUMENTS} for row in rows), [], 0
-    for row in rows:
-        first.append(row)
-        size += len(row["text"] or "")
-        if size > IN_MEMORY:
-            break
-    else:
+    rows = ({name: row[name] for name in DOCUMENTS} for row in rows)
+    first, more = _first(rows, lambda row: len(row["text"] or ""))
+    if not more:
         columns = {name: [row[name] for row in first] for name in DOCUMENTS}
         return Dataset.from_dict(columns, features=features(DOCUMENTS))
     path = _scratch() / f"{uuid4().hex}.arrow"
@@ -130,12 +137,64 @@ def as_dataset(
     return Dataset.from_file(str(path))
 
 
-def remove_file(
-    rows,  # from `as_dataset`, or a list; not read again
+class Lines:
+    "The rows of a JSON Lines file, read anew by every loop."
+
+    def __init__(
+        self,
+        path: Path,
+        count: int,  # of its rows
+    ):
+        self.path, self.count = path, count
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return iter_jsonl(self.path)
+
+
+def spooled(
+    rows,  # iterable of rows of any kind, such as conversations
 ):
-    "Remove the file of a Dataset, where it has one in the temporary folder."
-    for file in getattr(rows, "cache_files", ()):
-        path = Path(file["filename"])
+    """Rows to loop over more than once: a list, or above `IN_MEMORY` characters `Lines` of a file in the system's
+    temporary folder, which goes when Python ends."""
+    rows = iter(rows)
+    first, more = _first(rows, lambda row: len(str(row)))
+    if not more:
+        return first
+    path = _scratch() / f"{uuid4().hex}.jsonl"
+    return Lines(path, write_jsonl(path, chain(first, rows)))
+
+
+def blocks(
+    rows,  # iterable of rows with "text"
+    size: int,  # characters of text in a list, about
+):
+    "The rows in lists, so that a step that wants many at once need not hold all."
+    block, characters = [], 0
+    for row in rows:
+        block.append(row)
+        characters += len(row["text"])
+        if characters >= size:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
+def _files(rows):
+    "The files that rows are read from, as far as they say."
+    if isinstance(rows, Lines):
+        return [rows.path]
+    return [Path(file["filename"]) for file in getattr(rows, "cache_files", ())]
+
+
+def remove_file(
+    rows,  # from `as_dataset` or `spooled`, or a list; not read again
+):
+    "Remove the file of some rows, where they have one in the temporary folder."
+    for path in _files(rows):
         if path.parent == _scratch():
             with suppress(OSError):  # Windows refuses while the file is mapped, and keeps it until the end
                 path.unlink()

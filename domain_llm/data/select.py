@@ -16,6 +16,7 @@ from .dedup import sample_scale, sketches
 from .density import density, prior, quality
 from .leaks import units_of
 from .read import KINDS
+from .rows import chosen
 
 # %% ../../nbs/25_data.select.ipynb #087e7e9c
 def _ngrams(text, buckets):
@@ -143,21 +144,21 @@ def to_budget(
     diversity: float = 0.0,  # 0: scores alone; 1: a document counts only as far as it is new
 ):
     "Indices of the chosen documents, the best first: greedy, leaving out what does not fit; never over the budget."
-    texts, scores = [r["text"] for r in docs], np.asarray(scores, float)
-    size = [(count or tokens_of)(text) for text in texts]
+    scores = np.asarray(scores, float)
+    size = [(count or tokens_of)(r["text"]) for r in docs]
     _check(size, scores, tokens, diversity)
-    own, n = _numbered(texts) if diversity else ([np.zeros(0, int)] * len(texts), 0)
-    seen, chosen, left = np.zeros(n, bool), [], tokens
+    own, n = _numbered([r["text"] for r in docs]) if diversity else ([np.zeros(0, int)] * len(size), 0)
+    seen, taken, left = np.zeros(n, bool), [], tokens
 
     def gain(i):
         return scores[i] * (1 - diversity * seen[own[i]].mean()) if len(own[i]) else scores[i]
 
-    for i in _lazy(gain, len(texts)):
+    for i in _lazy(gain, len(size)):
         if size[i] <= left:
-            chosen.append(i)
+            taken.append(i)
             left -= size[i]
             seen[own[i]] = True
-    return chosen
+    return taken
 
 # %% ../../nbs/25_data.select.ipynb #90ceafb1
 def ranks(
@@ -206,8 +207,8 @@ def _of_kinds(docs, kinds):
     for k in kinds or ():
         if k not in KINDS:
             raise InputError(f"kind {k!r} is not known{nearest(k, KINDS)}: use {', '.join(KINDS)}.")
-    rows = [r for r in docs if kinds is None or r["kind"] in kinds]
-    if rows:
+    rows = docs if kinds is None else chosen(docs, [i for i, r in enumerate(docs) if r["kind"] in kinds])
+    if len(rows):
         return rows
     if kinds:
         raise InputError(f"no document of kind {', '.join(kinds)} to select from.")
@@ -222,7 +223,7 @@ def _nearest(rows, target, share, embed):
         such = "functools.partial(select.embed, model, tok)"
         raise InputError(f"near needs embed, a function from texts to vectors: {such}.")
     best = np.argsort(-semantic(rows, target, embed), kind="stable")[: int(np.ceil(share * len(rows)))]
-    return [rows[i] for i in sorted(best)]
+    return chosen(rows, sorted(best))
 
 # %% ../../nbs/25_data.select.ipynb #2253f0e1
 def select(
@@ -236,13 +237,14 @@ def select(
     near: float = None,  # share of the documents to choose from, those nearest in meaning to the target; all
     embed=None,  # function: list of texts -> vectors, for `near`
 ):
-    "The rows to train on within a token budget, the best first; the same seed gives the same rows."
+    """The rows to train on within a token budget, the best first; the same seed gives the same rows. From a Dataset
+    that is on disk they are read as needed; for dsir, diverse and near something of every document is in memory."""
     if by not in SCORES:
         raise InputError(f"cannot select by {by!r}{nearest(by, SCORES)}: use {', '.join(SCORES)}.")
-    docs = list(docs)
+    docs = docs if hasattr(docs, "select") else list(docs)
     rows = _of_kinds(docs, kinds)
-    rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
+    rows = chosen(rows, np.random.default_rng(seed).permutation(len(rows)))
     if near is not None:
         rows = _nearest(rows, densest(docs) if target is None else list(target), near, embed)
     scores = SCORES[by](rows, target)
-    return [rows[i] for i in to_budget(rows, scores, tokens, count, diversity=float(by == "diverse"))]
+    return chosen(rows, to_budget(rows, scores, tokens, count, diversity=float(by == "diverse")))

@@ -8,13 +8,14 @@ __all__ = ['ROLES', 'read_inputs', 'demo_data', 'corpus_stage', 'lab_stage', 'dr
 # %% ../../nbs/96_run.inputs.ipynb #289b2ac8
 import random
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 from ..core import InputError, fingerprint, iter_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from ..data.corpus import build_corpus, corpus_report, hold_out
 from ..data.read import faults, read_documents
 from ..data.reworded import without_leaks
-from ..data.rows import as_dataset, remove_file
+from ..data.rows import as_dataset, remove_file, spooled
 from ..data.tasks import NEEDS, mined, row_tasks
 from ..demo.files import write_world
 from ..demo.general import common_questions, general_text, python_docs
@@ -113,8 +114,9 @@ def corpus_stage(
     remove_file(docs)
     report = {**made["report"], "skipped": read_json(read["skipped"])}
     print(corpus_report(report))
-    others = {role: read_jsonl(read[role]) for role in ("general", "instructions")}
+    others = {role: iter_jsonl(read[role]) for role in ("general", "instructions")}
     sources, report["leaks_by_source"] = _without_exam({"documents": made["rows"], **others}, questions)
+    remove_file(made["rows"])
     if not sources["documents"]:
         said = "no document is left: all of them held questions of the exam."
         raise InputError(f"{said} Look at the documents, or at the questions.")
@@ -128,6 +130,8 @@ def corpus_stage(
         figures |= dict(mined=len(made), mined_per_task={task["task"]: task["rows"] for task in found["tasks"]})
     for name, rows in {**sources, "documents": kept, "held_out": held_out}.items():
         write_jsonl(out / f"{name}.jsonl", rows)
+    for rows in (kept, *sources.values()):
+        remove_file(rows)
     write_json(out / "report.json", report)
     return figures
 
@@ -193,7 +197,10 @@ def _tasks_said(found, documents):
 def _joined(own, made, names):
     "The recipe's own conversations and those made of the documents; InputError when there are none at all."
     if own or made:
-        return [*own, *made]
+        joined = spooled(chain(own, made))
+        for rows in (own, made):
+            remove_file(rows)
+        return joined
     said = f"the recipe's tasks ({', '.join(names)}) made no conversation of these documents, and it names no others."
     raise InputError(f"{said} Choose other tasks, name data.instructions, or take the line 'tasks:' out.")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..core import ENGLISH, InputError, atomic_dir, atomic_file, iter_jsonl, read_json, read_jsonl, write_json
 from ..data.mix import mixture, token_rows
-from ..data.rows import chosen, gathered
+from ..data.rows import DOCUMENTS, as_dataset, chosen, gathered
 from ..data.select import embed, select
 from ..models import is_adapter, load, quiet
 from ..ranks import once
@@ -65,7 +65,7 @@ def pieces_of(
     tok,  # the model's tokenizer
 ):
     "The new pieces of a run, as from `new_pieces`. Raises InputError where the documents need none."
-    found = new_pieces([row["text"] for row in read_jsonl(documents)], tok, cfg["vocab"]["pieces"])
+    found = new_pieces((row["text"] for row in iter_jsonl(documents)), tok, cfg["vocab"]["pieces"])
     if not found:
         said = f"{cfg['model']} needs no new piece for these documents: none would save two tokens."
         raise InputError(f"{said} Take the recipe's line 'vocab:' out.")
@@ -80,7 +80,7 @@ def pretrain_stage(
     "Continued pre-training on the mixture; the best checkpoint by the probes becomes the stage's model."
     start = str(read.get("start", cfg["model"]))
     model, tok = _start(start, cfg, cfg["pretrain"]["method"])
-    docs = once(_selected, read["documents"], cfg, model, tok)
+    docs = once(_selected, read["documents"], cfg, model, tok, out / "rows")
     wanted = {name: cfg["mix"][name] for name in ("epochs", "tokens", "max_epochs")}
     sources, left_out = _sources(cfg, read, docs, tok, out / "rows")
     mixed = out / "rows" / "mixture.arrow"
@@ -152,13 +152,14 @@ def _mixture_said(planned):
     return "\n".join(lines)
 
 # %% ../../nbs/96_run.training.ipynb #170368ce
-def _selected(path, cfg, model, tok):
+def _selected(path, cfg, model, tok, folder):
     """A function that gives an iterator over the documents that the recipe selects: all of them, read line by line,
     without `select.tokens`, `select.kinds` and `select.near`."""
     set_ = cfg["select"]
     if not (set_["tokens"] or set_["kinds"] or set_["near"]):
         return partial(iter_jsonl, path)
-    docs, count = read_jsonl(path), partial(_count_tokens, tok)
+    docs = gathered(iter_jsonl(path), folder / "documents.arrow", DOCUMENTS)
+    count = partial(_count_tokens, tok)
     found = select(
         docs,
         set_["tokens"] or sum(count(doc["text"]) for doc in docs),
@@ -387,7 +388,7 @@ def texts_of(
     tokens: int,  # of each text
 ):
     "The texts to choose checkpoints by, and those to report on: each a dict of rows, domain and general."
-    domain = probe_texts(read_jsonl(read["held_out"]), tokens)
-    general = probe_texts(read_jsonl(read["general_probe"]), tokens)
+    domain = probe_texts(as_dataset(iter_jsonl(read["held_out"])), tokens)
+    general = probe_texts(as_dataset(iter_jsonl(read["general_probe"])), tokens)
     choose, report = (dict(domain=domain[i], general=general[i]) for i in (0, 1))
     return choose, report

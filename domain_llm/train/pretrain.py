@@ -6,6 +6,7 @@
 __all__ = ['excerpts', 'probe_texts', 'make_probe', 'interpolate']
 
 # %% ../../nbs/42_train.pretrain.ipynb #5f93b990
+from ..data.rows import chosen
 from ..devices import half_dtype
 from ..judge.score import bits_per_byte
 
@@ -35,7 +36,7 @@ def _pieces(
 
 # %% ../../nbs/42_train.pretrain.ipynb #f15e8dca
 def excerpts(
-    docs: list,  # document rows
+    docs,  # document rows, a list or a Dataset
     tokens: int,  # about so many in all, counted as 4 UTF-8 bytes each
 ):
     """Document rows with as much of many documents as `tokens` allow; one document alone gives a row for each
@@ -47,16 +48,16 @@ def excerpts(
             for i, t in enumerate(_pieces(docs[0]["text"], size))
         ]
     n = min(len(docs), max(_LEAST, size // _EXCERPT))
-    chosen = [docs[i * len(docs) // n] for i in range(n)]
+    picked = [docs[i * len(docs) // n] for i in range(n)]
     taken = {}
-    for done, i in enumerate(sorted(range(n), key=lambda i: _bytes(chosen[i]["text"]))):
-        taken[i] = "\n\n".join(_pieces(chosen[i]["text"], size / (n - done)))
+    for done, i in enumerate(sorted(range(n), key=lambda i: _bytes(picked[i]["text"]))):
+        taken[i] = "\n\n".join(_pieces(picked[i]["text"], size / (n - done)))
         size -= _bytes(taken[i])
-    return [{**doc, "text": taken[i]} for i, doc in enumerate(chosen)]
+    return [{**doc, "text": taken[i]} for i, doc in enumerate(picked)]
 
 # %% ../../nbs/42_train.pretrain.ipynb #a0bf106d
 def probe_texts(
-    docs: list,  # document rows that are not trained on
+    docs,  # document rows that are not trained on, a list or a Dataset
     tokens: int,  # about so many in each of the two
 ):
     """Rows to choose checkpoints by and rows to report on, from different documents (from different pieces where
@@ -64,7 +65,7 @@ def probe_texts(
     if len(docs) == 1:
         rows = excerpts(docs, 2 * tokens)
         return rows[0::2], rows[1::2] or rows
-    return excerpts(docs[0::2], tokens), excerpts(docs[1::2], tokens)
+    return tuple(excerpts(chosen(docs, range(n, len(docs), 2)), tokens) for n in (0, 1))
 
 # %% ../../nbs/42_train.pretrain.ipynb #20f57a93
 def make_probe(
