@@ -67,12 +67,16 @@ def missing_files(folder):
 
 # %% ../nbs/91_model_errors.ipynb #d1379cca
 def _without_its_code(name, folder):
-    "For a Baichuan, how it can be loaded without its code, as a sentence."
+    "For a Baichuan or a ChatGLM3, how it can be loaded without its code, as a sentence."
     config = folder / "config.json"
     kind = read_json(config).get("model_type") if config.is_file() else str(name).lower()
-    if "baichuan" not in str(kind):
-        return ""
-    return " A Baichuan of 7B can do without: domain_llm.baichuan.baichuan_to_llama writes it in the layout of Llama."
+    if "baichuan" in str(kind):
+        return (
+            " A Baichuan of 7B can do without: domain_llm.baichuan.baichuan_to_llama writes it in the layout of Llama."
+        )
+    if "chatglm" in str(kind):
+        return " ChatGLM3 can do without: domain_llm.chatglm.chatglm_to_glm writes it in the layout of GLM-4."
+    return ""
 
 
 def load_failed(name, e, trust=False):

@@ -7,45 +7,13 @@ import json
 import pytest
 import sentencepiece
 import torch
-from fixtures.families import LINES
+from fixtures.baichuan import CONFIG, MARKS, call_chat, vocabulary, weights, write
+from fixtures.families import BAICHUAN2, LINES
 
 from domain_llm.baichuan import baichuan_to_llama
 from domain_llm.core import InputError
 from domain_llm.model_errors import load_failed
 from domain_llm.models import load
-
-CONFIG = dict(
-    architectures=["BaichuanForCausalLM"],
-    model_type="baichuan",
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=128,
-    model_max_length=128,
-    rms_norm_eps=1e-6,
-    hidden_act="silu",
-    vocab_size=400,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-    tie_word_embeddings=False,
-    torch_dtype="float32",
-)
-
-
-def weights():
-    "Random weights in Baichuan's layout."
-    generator = torch.Generator().manual_seed(0)
-    width, inner, rows = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["vocab_size"]
-    shapes = {"model.embed_tokens": (rows, width), "model.norm": (width,), "lm_head": (rows, width)}
-    for n in range(CONFIG["num_hidden_layers"]):
-        layer = f"model.layers.{n}."
-        shapes |= {layer + "self_attn.W_pack": (3 * width, width), layer + "self_attn.o_proj": (width, width)}
-        shapes |= {layer + "mlp.gate_proj": (inner, width), layer + "mlp.up_proj": (inner, width)}
-        shapes |= {layer + "mlp.down_proj": (width, inner)}
-        shapes |= {layer + "input_layernorm": (width,), layer + "post_attention_layernorm": (width,)}
-    return {f"{k}.weight": 0.3 * torch.randn(s, generator=generator) + (len(s) == 1) for k, s in shapes.items()}
 
 
 def rms(x, weight):
@@ -87,35 +55,13 @@ def baichuan(ids, w, normalized):
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory):
-    "A tokenizer.model as Baichuan's: BPE with bytes, no space put before a text, reserved pieces."
-    path = tmp_path_factory.mktemp("spm") / "tokenizer"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES * 20),
-        model_prefix=str(path),
-        model_type="bpe",
-        byte_fallback=True,
-        vocab_size=400,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        user_defined_symbols=["<reserved_106>", "<reserved_107>"],
-        minloglevel=2,
-    )
-    return path.with_suffix(".model").read_bytes()
+def pieces(tmp_path_factory):
+    return vocabulary(tmp_path_factory.mktemp("spm"))
 
 
 @pytest.fixture
-def folder(tmp_path, vocabulary):
-    "A Baichuan as it is published: pickles in two parts, config.json, tokenizer.model."
-    made, names = tmp_path / "baichuan", list(weights())
-    made.mkdir()
-    for n, some in enumerate((names[:7], names[7:]), 1):
-        part = {name: weights()[name] for name in some}
-        torch.save(part, made / f"pytorch_model-{n:05}-of-00002.bin")
-    (made / "config.json").write_text(json.dumps(CONFIG))
-    (made / "tokenizer.model").write_bytes(vocabulary)
-    return made
+def folder(tmp_path, pieces):
+    return write(tmp_path / "baichuan", pieces)
 
 
 IDS = list(range(3, 43))
@@ -132,12 +78,31 @@ def test_the_llama_computes_what_baichuan_computes(folder, tmp_path, normalized)
     assert (got - other).abs().max() > 0.1
 
 
-def test_the_tokenizer_is_sentencepieces(folder, tmp_path, vocabulary):
+def test_the_tokenizer_is_sentencepieces(folder, tmp_path, pieces):
     _, tok = load(str(baichuan_to_llama(folder, tmp_path / "out", True)), device="cpu")
-    own = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
+    own = sentencepiece.SentencePieceProcessor(model_proto=pieces)
     for text in [*LINES, "  two  spaces é 😀", "<reserved_106>在四十巴时打开。<reserved_107>40 bar"]:
         assert tok(text).input_ids == own.encode(text)
-    assert (tok.bos_token_id, tok.eos_token_id, len(tok)) == (1, 2, 400)
+    assert (tok.bos_token_id, tok.eos_token_id, len(tok)) == (1, 2, 340)
+    assert tok.chat_template is None
+
+
+def test_a_chat_model_gets_the_turns_of_its_own_code(folder, tmp_path, pieces):
+    "As vLLM's template for it renders them, and in the ids that the model's own code puts together."
+    call_chat(folder, pieces)
+    _, tok = load(str(baichuan_to_llama(folder, tmp_path / "out", True)), device="cpu")
+    own = sentencepiece.SentencePieceProcessor(model_proto=pieces)
+    user, assistant = map(own.piece_to_id, MARKS)
+    said = ["At what pressure?", "40 bar.", "然后呢？"]
+    talk = [dict(role=role, content=text) for role, text in zip(("user", "assistant", "user"), said)]
+    for system in ("", "Be brief."):
+        turns = [dict(role="system", content=system)] * bool(system) + talk
+        text = tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert text == tok.apply_chat_template(
+            turns, chat_template=BAICHUAN2, tokenize=False, add_generation_prompt=True
+        )
+        want = own.encode(system) + [user, *own.encode(said[0]), assistant, *own.encode(said[1])]
+        assert tok(text, add_special_tokens=False).input_ids == want + [user, *own.encode(said[2]), assistant]
 
 
 def test_alibi_is_refused(folder, tmp_path):

@@ -53,9 +53,15 @@ def test_new_pieces_where_the_tokenizer_has_bytes(case):
         STEPS["vocabulary"](case("Llama 2"))
 
 
-def test_a_file_of_gemma_computes_as_transformers(case):
-    "Soft caps, a window in every other layer, and a tokenizer whose tokenizer.model is made again."
-    STEPS["llama.cpp"](case("Gemma 2"))
+@pytest.mark.parametrize("name", ("Gemma 2", "GLM-4", "ChatGLM3"))
+def test_a_file_computes_as_transformers(case, name):
+    """Soft caps, a window in every other layer, and a tokenizer whose tokenizer.model is made again; a rotation and a
+    norm that the converter reads under other names; a GLM whose tokenizer is SentencePiece's."""
+    STEPS["llama.cpp"](case(name))
+
+
+def test_a_file_of_a_converted_model_reads_its_turns(case):
+    STEPS["llama.cpp's text"](case("Baichuan 2"))
 
 
 @pytest.mark.parametrize("name", ("Mistral 0.1", "Gemma 2", "Gemma 3"))

