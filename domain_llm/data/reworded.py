@@ -173,7 +173,7 @@ def _numbered(sought):
     return {word: i for i, word in enumerate(dict.fromkeys(["?", *words]))}
 
 # %% ../../nbs/93_data.reworded.ipynb #c2aaddb9
-_BLOCK = 10_000_000  # characters of text that are read at a time
+_BLOCK = 50_000_000  # characters of text that are read at a time
 
 
 def _readings(texts, number):
