@@ -4,8 +4,9 @@
 
 nbs/recipes/qlora.yaml runs twice by the command line: once left alone, once killed in either training after its first
 checkpoint and called again. The adapters of both are compared. Then the run's questions are put to the adapter beside
-weights of 4 bits, as it was trained, to the model that it is merged into in 16 bits, and to the GGUF file; and
-`domain-llm quantize` says which format is accepted. What the folder holds already is not done again.
+weights of 4 bits, as it was trained, to the model that it is merged into, and to the GGUF file; and `domain-llm
+quantize` says which format is accepted by questions on common knowledge, of which the demo has more independent ones.
+What the folder holds already is not done again.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from domain_llm.core import cache_dir, read_json, read_jsonl
+from domain_llm.core import cache_dir, read_json, read_jsonl, write_json, write_jsonl
+from domain_llm.demo.general import common_questions
 from domain_llm.judge.answers import value_in_answer
 from domain_llm.models import base_of, greedy, load
 from domain_llm.results import save_result
@@ -56,6 +58,18 @@ def killed(out, stage):
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     return steps_done(out, stage)[-1]
+
+
+def cut_twice(out):
+    "Kill a run in either training, once, and let it end; gives the steps at which it was killed."
+    noted = out.with_suffix(".json")
+    at = read_json(noted) if noted.exists() else {}
+    for stage in STAGES:
+        if stage not in at:
+            at[stage] = killed(out, stage)
+            write_json(noted, at)
+    finished(out)
+    return at
 
 
 def finished(out):
@@ -103,7 +117,9 @@ def compared(said, questions):
 
 def gate(out):
     "What `domain-llm quantize` found, and its exit status."
-    done = subprocess.run(["domain-llm", "quantize", str(out), "--formats", FORMATS])
+    exam = out.with_name("questions.jsonl")
+    write_jsonl(exam, ({**row, "group": str(n)} for n, row in enumerate(common_questions())))
+    done = subprocess.run(["domain-llm", "quantize", str(out), "--formats", FORMATS, "--questions", str(exam)])
     result = read_json(out / "formats" / "result.json")
     return dict(exit_status=done.returncode, verdict=result["verdict"])
 
@@ -115,8 +131,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     whole, cut = folder / "whole", folder / "cut"
     finished(whole)
-    at = {stage: killed(cut, stage) for stage in STAGES if not (cut / stage / "manifest.json").exists()}
-    finished(cut)
+    at = cut_twice(cut)
     questions = read_jsonl(cut / "inputs" / "questions" / "rows.jsonl")[:ASKED]
     result = dict(
         killed_at=at,
