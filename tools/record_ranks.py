@@ -3,8 +3,8 @@ recorded in nbs/results/ranks.json.
 
     python tools/record_ranks.py
 
-A tiny random model is trained on CPUs in 32 bits, as tests/rank_runs.py lets processes do it: alone, in two by DDP and
-by FSDP2, and in one and two of which the last is killed in the middle, after which one and two resume.
+A tiny random model is trained on CPUs in 32 bits, as tests/rank_runs.py lets processes do it: alone; in two by DDP and
+by FSDP2; and in two and in one, the last of which is killed in the middle, after which one and two resume.
 """
 
 import argparse
