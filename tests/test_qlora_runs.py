@@ -105,7 +105,9 @@ def test_every_adapter_is_merged_into_unrounded_weights(whole, small_folder):
 
 def test_the_run_measures_and_writes_the_merged_model_and_says_its_method(whole):
     made = read_json(whole / "quantize" / "manifest.json")["metrics"]
-    assert made["q8_0_mb"] > 0 and list((whole / "quantize").rglob("*.gguf"))
+    (file,) = (whole / "quantize").rglob("*.gguf")
+    assert made["q8_0_mb"] > 0 and file.name in (file.parent / "SERVE.md").read_text()
+    assert f"FROM ./{file.name}" in file.with_suffix(".Modelfile").read_text()
     card = (whole / "MODEL_CARD.md").read_text()
     assert "Continued pre-training (qlora" in card and "Supervised fine-tuning (qlora" in card and "4 bits" in card
 

@@ -22,6 +22,7 @@ from .inputs import drawn_questions
 from .training import kept_path, of_run, texts_of
 from ..ship.fidelity import compare_with_original
 from ..ship.gguf import export_gguf
+from ..ship.hosting import write_hosting
 from ..ship.serve import complete
 from ..train.start import in_chat_format
 
@@ -210,9 +211,12 @@ def quantize_stage(
     out: Path,  # folder of the stage
 ):
     "Write GGUF files, check each against the model it came from, and let the first answer the sample questions."
-    types = cfg["quantize"]["types"]
+    types, trust = cfg["quantize"]["types"], cfg["trust_remote_code"]
     made = {kind: Path(path) for kind, path in export_gguf(read["model"], out, types=tuple(types)).items()}
-    model, tok = load(str(read["model"]), trust_remote_code=cfg["trust_remote_code"])
+    missing = write_hosting(read["model"], out, trust_remote_code=trust)
+    if missing:
+        print(f"note: {missing}")
+    model, tok = load(str(read["model"]), trust_remote_code=trust)
     ask = [a["question"] for a in read_json(read["answers"])]
     checks = {kind: compare_with_original(path, model, tok, ask) for kind, path in made.items()}
     said = complete(made[types[0]], [[dict(role="user", content=q)] for q in ask], max_tokens=48)

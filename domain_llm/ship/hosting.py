@@ -162,9 +162,10 @@ def write_hosting(
     folder,  # of a model or an adapter
     out,  # folder with its GGUF files
     context: int = 4096,  # longest conversation, in tokens
+    trust_remote_code: bool = False,  # run code that comes with the model
 ):
     "Write SERVE.md and, for a chat model, a Modelfile beside each GGUF file; gives what could not be written, or None."
-    out, tok = Path(out), load_tokenizer(str(folder))
+    out, tok = Path(out), load_tokenizer(str(folder), trust_remote_code)
     names = sorted(path.name for path in out.glob("*.gguf"))
     (out / "SERVE.md").write_text(serve_commands(folder, names, context), encoding="utf-8")
     weights = base_of(folder) if is_adapter(folder) else folder
