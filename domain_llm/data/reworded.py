@@ -248,7 +248,7 @@ def _surest(texts, questions, share):
 def _described(found, texts):
     "What `_surest` found in some texts, for a reader."
     places = {place for place, *_ in found}
-    rows = {i: row for i, row in enumerate(texts) if i in places}
+    rows = {i: row for i, row in enumerate(texts) if i in places} if found else {}
     described = []
     for i, share, question, first, after in found:
         excerpt = _cut(rows[i]["text"], first, after)
