@@ -389,6 +389,8 @@ def without_leaks(
     questions, gone, places = list(questions), [], []
     kept = spooled(_clear_copies(rows, questions, checked_index(questions, n), min_chars, gone, places))
     answered = [q for q in questions if not isinstance(q, str) and right_answer(q)]
+    if not answered:
+        return kept, gone
     if sure is not None:
         before, kept = kept, spooled(_clear_reworded(kept, places, answered, sure, min_chars, gone))
         remove_file(before)
