@@ -208,3 +208,17 @@ def test_a_chinese_verdict_has_the_figures_of_the_english_one(more):
 
     english, chinese = said(**more), said(**more, say=speaker("zh"))
     assert numbers(english) == numbers(chinese) and left_in_english(chinese) == []
+
+
+def test_accuracies_and_their_difference_fit_each_other():
+    "17.5% to 15.0% is -2.5 points; in whole numbers it would read 18% to 15%, and -2."
+    bits = dict(domain_bpb=dict(bpb=1.0, change=None), general_bpb=dict(bpb=1.0, change=None))
+
+    def said(first, last):
+        change = dict(diff=last - first, low=-0.19, high=0.14)
+        before = {name: dict(accuracy=first) for name in ("domain_mcq", "general_mcq")}
+        after = {name: dict(accuracy=last, change=change) for name in before}
+        return run_verdict(before | bits, after | bits, 0.1)
+
+    assert "17.5% to 15.0%: -2.5 points, 95% interval -19.0 to +14.0" in said(0.175, 0.15)
+    assert "20% to 30%: +10 points, 95% interval -19 to +14" in said(0.2, 0.3)

@@ -22,15 +22,23 @@ from .training import LEFT_OUT
 from ..ship.fidelity import PROBLEMS
 
 # %% ../../nbs/97_run.report.ipynb #b30ad0fb
-def _percent(x):
-    return f"{100 * x:.0f}%"
+def _percent(x, digits=0):
+    return f"{100 * x:.{digits}f}%"
 
 
-def _points(change, say):
+def _digits(first, last, change):
+    "Decimals with which two accuracies and their difference fit each other, as they are printed."
+    if change is None:
+        return 0
+    before, after, points = (round(100 * x) for x in (first, last, change["diff"]))
+    return int(after - before != points)
+
+
+def _points(change, say, digits=0):
     "A change of accuracy with its interval, in points."
     if change is None:
         return say("no interval")
-    found = {key: f"{100 * change[key]:+.0f}" for key in ("diff", "low", "high")}
+    found = {key: f"{100 * change[key]:+.{digits}f}" for key in ("diff", "low", "high")}
     return say("%(diff)s points, 95%% interval %(low)s to %(high)s", **found)
 
 
@@ -69,8 +77,10 @@ def _learnt(before, after, say):
         say("got worse at the domain's questions"),
         say("shows no resolved change on the domain's questions"),
     )
-    figures = dict(first=_percent(before["domain_mcq"]["accuracy"]), last=_percent(exam["accuracy"]))
-    figures |= dict(points=_points(exam["change"], say), parts=_by_part(exam, say))
+    first, last = before["domain_mcq"]["accuracy"], exam["accuracy"]
+    digits = _digits(first, last, exam["change"])
+    figures = dict(first=_percent(first, digits), last=_percent(last, digits))
+    figures |= dict(points=_points(exam["change"], say, digits), parts=_by_part(exam, say))
     knew = say("%(knows)s (multiple choice %(first)s to %(last)s: %(points)s%(parts)s)", knows=knows, **figures)
     return say("%(knew)s and %(said)s", knew=knew, said=said)
 
