@@ -1,6 +1,7 @@
 """Record the Text-to-SQL comparison with the pre-trained demo model in nbs/results/text2sql.json.
 
     python tools/record_text2sql.py [--lang zh] [--passes 2]
+    python tools/record_text2sql.py --untuned       (the same model without training: nbs/results/text2sql_untuned.json)
 
 Two models are trained on the demo's questions, one with the question alone and one with what it names; each is asked
 all questions of dev and of the test, without and with the grammar. Models and answers are kept in the cache folder,
@@ -97,6 +98,31 @@ def all_results(train, parts, con, schema, passes, folder):
     return results
 
 
+def untuned(train, parts, con, schema, folder):
+    "For each way of asking the model that was not trained, and each part of the test, the number right."
+    model, tok = load(device="cpu")
+    tables = "\n".join(f"{table} ({', '.join(told['columns'])})" for table, told in schema["tables"].items())
+    found = {}
+    for name, before in (
+        ("linked, grammar", ""),
+        ("linked, grammar, all tables", f"Tables:\n{tables}\n\nWrite SQL.\n"),
+    ):
+        setting, write = sql_setting(train, con, schema), in_torch(model, tok, 0)
+
+        def told(texts, grammars, before=before, write=write):
+            return write([before + text for text in texts], grammars)
+
+        for part in ("known", "new", "composed"):
+            rows, path = parts[part], folder / f"untuned_{name}_{part}.json".replace(", ", "_")
+            answered = answers_to([row["question"] for row in rows], kept_write(path, told), setting)
+            correct = judged(rows, answered, setting, voting=False)["correct"]
+            right = with_interval(correct, [row["shape"] for row in rows])
+            figures = dict(right=sum(correct), n=len(correct), low=right["low"], high=right["high"])
+            found.setdefault(name, {})[part] = figures
+            print(name, part, figures, flush=True)
+    return found
+
+
 def figures(results, parts):
     "For each arm and part the number right with an interval over shapes; for rules and choice what is answered."
     on_dev = results[OURS, "dev"]
@@ -133,6 +159,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lang", default="en", choices=("en", "zh"))
     parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--untuned", action="store_true", help="ask the model without training it, and record that")
     given, started = parser.parse_args(), time.time()
     world, con = make_world(seed=0, lang=given.lang), sqlite3.connect(":memory:")
     insert_tables(con, world["tables"])
@@ -140,6 +167,9 @@ def main():
     train, parts = make_parts(world, schema, given.lang)
     folder = cache_dir() / "text2sql" / fingerprint(given.lang, given.passes, SAMPLES, train, parts)
     folder.mkdir(parents=True, exist_ok=True)
+    if given.untuned:
+        found = dict(lang=given.lang, arms=untuned(train, parts, con, schema, folder))
+        return print(save_result("text2sql_untuned", found, started))
     results = all_results(train, parts, con, schema, given.passes, folder)
     result = dict(lang=given.lang, passes=given.passes, samples=SAMPLES, wanted=WANTED, train=len(train))
     result |= figures(results, parts)
