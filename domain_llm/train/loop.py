@@ -175,7 +175,7 @@ def _optimizer(cfg, device):
 
 # %% ../../nbs/41_train.loop.ipynb #88b03d8f
 TRAIN_DEFAULTS = dict(
-    method="full",  # full (all weights), lora (adapters on all linear layers) or qlora (lora beside weights of 4 bits)
+    method="full",  # full (all weights), lora (adapters on linear layers) or qlora (lora beside weights of 4 bits)
     learning_rate=2e-4,  # peak; LoRA wants about ten times that of full tuning
     tokens_per_step=256,  # tokens in one optimizer step
     length=256,  # tokens in one packed row
