@@ -84,7 +84,7 @@ def baichuan_to_llama(
     normalized: bool = None,  # whether the head is Baichuan 2's; None: known by the size of the vocabulary
 ):
     "Write a Baichuan as a Llama that computes the same, with its tokenizer; gives the folder."
-    folder = Path(folder).expanduser()
+    folder, out = (Path(path).expanduser() for path in (folder, out))
     refuse_existing(out)
     config = config_of(folder, "baichuan")
     made, files, proto = llama_config(config), weight_files(folder), pieces_of(folder)
@@ -96,4 +96,4 @@ def baichuan_to_llama(
         tok.chat_template = _chat_template(folder, [piece.piece for piece in proto.pieces])
         tok.save_pretrained(tmp)
         write_json(tmp / "config.json", made)
-    return Path(out)
+    return out

@@ -25,6 +25,8 @@ def glm_config(
     config: dict,  # ChatGLM3's config.json
 ):
     "The config.json of the GLM that computes what a ChatGLM3 computes. Raises InputError for another architecture."
+    if "chatglm2" in config.get("_name_or_path", "").lower():
+        raise InputError("this is ChatGLM2, which has no marks for the roles of a conversation. Take ChatGLM3.")
     for name, value in _MUST.items():
         if config.get(name, value) != value or "padded_vocab_size" not in config:
             said = "this ChatGLM is built otherwise than ChatGLM3, and transformers has no class for it"
@@ -41,7 +43,7 @@ def glm_config(
         "num_attention_heads": heads,
         "num_key_value_heads": config["multi_query_group_num"] if config["multi_query_attention"] else heads,
         "head_dim": config["kv_channels"],
-        "attention_bias": config["add_qkv_bias"] or config["add_bias_linear"],
+        "attention_bias": config["add_qkv_bias"],
         "attention_dropout": 0.0,
         "max_position_embeddings": config["seq_length"],
         "rms_norm_eps": config["layernorm_epsilon"],
@@ -110,11 +112,11 @@ def chatglm_to_glm(
     out,  # folder to write; must not exist
 ):
     "Write a ChatGLM3 as a GLM that computes the same, with its tokenizer; gives the folder."
-    folder = Path(folder).expanduser()
+    folder, out = (Path(path).expanduser() for path in (folder, out))
     refuse_existing(out)
     made, files, proto = glm_config(config_of(folder, "chatglm")), weight_files(folder), pieces_of(folder)
     with atomic_dir(out) as tmp:
         write_weights(files, tmp, lambda tensors: glm_tensors(tensors, made))
         _with_marks(tokenizer_of(proto, tmp)).save_pretrained(tmp)
         write_json(tmp / "config.json", made)
-    return Path(out)
+    return out

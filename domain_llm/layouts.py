@@ -7,6 +7,7 @@ __all__ = ['weight_files', 'read_tensors', 'write_weights', 'config_of', 'pieces
 
 # %% ../nbs/91_layouts.ipynb #lay00003
 from pathlib import Path
+from zipfile import is_zipfile
 
 from .core import InputError, read_json, write_json
 
@@ -14,27 +15,34 @@ from .core import InputError, read_json, write_json
 def weight_files(
     folder: Path,  # of a model
 ):
-    "The files of weights in a folder, in order. Raises InputError where there are none."
+    "The files of weights in a folder, in order. Raises InputError where there are none, or where some are missing."
     found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not found:
         raise InputError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin). Download the model again.")
+    for index in folder.glob(f"*{found[0].suffix}.index.json"):
+        named = set(read_json(index).get("weight_map", {}).values())
+        missing = sorted(named - {path.name for path in found})
+        if missing:
+            said = f"{missing[0]} is missing in {folder}, and {len(missing)} of {len(named)} files are"
+            raise InputError(f"{said}. Download the model again.")
     return found
 
 
 def read_tensors(
     path: Path,  # file of weights
 ):
-    "The tensors in a file, by name. Raises InputError for a pickle that holds more."
+    "The tensors in a file, by name. Raises InputError for a broken file, and for a pickle that holds more."
     import pickle
 
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as e:
         raise InputError(f"{path} holds more than tensors, or is broken. Download the model again.") from e
 
 
@@ -73,13 +81,17 @@ def config_of(
 def pieces_of(
     folder: Path,  # of a model
 ):
-    "What tokenizer.model holds, as SentencePiece's message. Raises InputError where it is missing or no BPE."
+    "What tokenizer.model holds, as SentencePiece's message. Raises InputError where it is missing, broken or no BPE."
+    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as format_
 
     path = folder / "tokenizer.model"
     if not path.exists():
         raise InputError(f"{folder} holds no tokenizer.model. Download the model again.")
-    proto = format_.ModelProto.FromString(path.read_bytes())
+    try:
+        proto = format_.ModelProto.FromString(path.read_bytes())
+    except DecodeError:
+        raise InputError(f"{path} is no file of SentencePiece, or is broken. Download the model again.") from None
     if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise InputError(f"{path} is no BPE of SentencePiece, which alone can be turned into a tokenizer here.")
     return proto

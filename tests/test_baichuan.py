@@ -12,6 +12,7 @@ from fixtures.families import BAICHUAN2, LINES
 
 from domain_llm.baichuan import baichuan_to_llama
 from domain_llm.core import InputError
+from domain_llm.layouts import read_tensors
 from domain_llm.model_errors import load_failed
 from domain_llm.models import load
 
@@ -112,6 +113,28 @@ def test_alibi_is_refused(folder, tmp_path):
     with pytest.raises(InputError, match="ALiBi"):
         baichuan_to_llama(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_is_missing_is_named(folder, tmp_path):
+    "The other part has the head, without which the model would be loaded with random numbers in its place."
+    parts = {name: path.name for path in folder.glob("*.bin") for name in torch.load(path)}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(dict(weight_map=parts)))
+    baichuan_to_llama(folder, tmp_path / "whole")
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(InputError, match="pytorch_model-00002-of-00002.bin is missing"):
+        baichuan_to_llama(folder, tmp_path / "out")
+
+
+def test_an_older_pickle_is_read_and_a_pointer_is_no_file(folder, tmp_path):
+    path = folder / "pytorch_model-00001-of-00002.bin"
+    torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    baichuan_to_llama(folder, tmp_path / "out")
+    (folder / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(InputError, match="no file of SentencePiece"):
+        baichuan_to_llama(folder, tmp_path / "again")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(InputError, match="model.safetensors holds more than tensors, or is broken"):
+        read_tensors(folder / "model.safetensors")
 
 
 def test_what_is_missing_is_named(folder, tmp_path):

@@ -79,8 +79,8 @@ def _begins(spec, settings):
 
 
 def _said_beside(spec, settings):
-    """The files that tell the converter what it does not read of tokenizer.model: which added tokens are found in every
-    text, and that a text does not begin with a special token."""
+    """The files that tell the converter what it does not read of tokenizer.model: which added tokens are recognised
+    wherever they stand, and that a text does not begin with a special token."""
     found = {token["content"]: token["id"] for token in spec.get("added_tokens", []) if not token["special"]}
     files = {"added_tokens.json": json.dumps(found).encode()} if found else {}
     if not _begins(spec, settings) and "add_bos_token" not in settings:
@@ -93,8 +93,10 @@ _WITHOUT_WINDOW = ("mistral", "qwen2", "qwen3")  # model types whose window llam
 
 def _window(config):
     "The window, in tokens, that llama.cpp leaves out, where it is shorter than the context; or None."
-    window = config.get("sliding_window")
-    if config.get("model_type") not in _WITHOUT_WINDOW or not window or config.get("use_sliding_window") is False:
+    kind, layers = config.get("model_type"), config.get("layer_types", ["sliding_attention"])
+    window = config.get("sliding_window", 4096 if kind == "mistral" else None)  # transformers' own values
+    used = config.get("use_sliding_window", kind == "mistral") and "sliding_attention" in layers
+    if kind not in _WITHOUT_WINDOW or not window or not used:
         return None
     return window if window < config["max_position_embeddings"] else None
 
