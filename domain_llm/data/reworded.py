@@ -6,8 +6,10 @@
 __all__ = ['paraphrases', 'without_leaks']
 
 # %% ../../nbs/93_data.reworded.ipynb #4d3f06b1
+import pickle
 import re
 from functools import partial
+from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -52,17 +54,17 @@ def _reading(
     rows,  # document rows
     number,  # word -> number, from 0
 ):
-    "For each row the positions of the words in `number` and their numbers; and for each number the rows that have it."
+    "For each row the positions of the words in `number`, and their numbers, an int array [2, words]."
     read = []
     for row in rows:
         words = enumerate(_stream(row["text"]))
         at = [(i, number[word]) for i, word in words if word in number]
         read.append(np.array(at, np.int32).reshape(-1, 2).T)
-    return read, _rows_of_words(read, len(number))
+    return read
 
 
 def _rows_of_words(read, words):
-    "For each of `words` numbers the rows that have it."
+    "For each of `words` numbers the rows, as `_reading` gives them, that have it."
     n = max(len(read), 1)
     keys = [numbers.astype(np.int64) * n + i for i, (_, numbers) in enumerate(read)]
     keys = np.unique(np.concatenate([np.zeros(0, np.int64), *keys]))
@@ -176,46 +178,36 @@ def _numbered(sought):
 _BLOCK = 50_000_000  # characters of text that are read at a time
 
 
-def _readings(texts, number):
-    "For each block of texts the place of its first row, and what `_reading` gives."
-    first = 0
-    for block in blocks(texts(), _BLOCK):
-        yield first, *_reading(block, number)
-        first += len(block)
-
-
-def _in_block(reading, questions, sought, weights, share):
-    "Each place of a block that seems to ask, as from `_rewordings`."
-    first, read, having = reading
+def _in_block(read, words, questions, sought, weights, share):
+    "Each place of some rows that seems to ask, as from `_rewordings`; words are numbered below `words`."
+    having = _rows_of_words(read, words)
     asking_rows = set(having[0].tolist())
-    for question, (words, _, reach), (stem, answer) in zip(questions, sought, weights):
+    for question, (said, _, reach), (stem, answer) in zip(questions, sought, weights):
         for i in _holders(stem, share, having) & _holders(answer, _ANSWER, having) & asking_rows:
-            places = _asked(read[i], stem, answer, 2 * len(words), reach)
+            places = _asked(read[i], stem, answer, 2 * len(said), reach)
             for got, sign in sorted(places, reverse=True):
                 if got >= share:
-                    yield first + i, question, got, -sign, len(words), reach
+                    yield i, question, got, -sign, len(said), reach
 
 
-def _rewordings(
-    texts,  # function that gives an iterator over rows with "text": they are read twice, unless one block holds them
-    questions,  # question rows
-    share,  # of a question's words, by weight
-):
-    "Each place that seems to ask: (row, question, share, word number of the sign, words of the question, reach)."
+def _rewordings(rows, questions, share):
+    """Each place that seems to ask: (row, question, share, word number of the sign, words of the question, reach). What
+    is read of the rows stands in a file meanwhile."""
     sought = _sought(questions)
     number = _numbered(sought)
-    rows, rows_with, last = 0, np.zeros(len(number), int), None
-    for last in _readings(texts, number):
-        _, read, having = last
-        rows += len(read)
-        rows_with += [len(some) for some in having]
-    if not rows:
-        return
-    first, *_ = last
-    readings = [last] if first == 0 else _readings(texts, number)
-    weights = _weigh(sought, number, rows_with, rows)
-    for reading in readings:
-        yield from _in_block(reading, questions, sought, weights, share)
+    sizes, rows_with, first = [], np.zeros(len(number), int), 0
+    with TemporaryFile() as file:
+        for block in blocks(rows, _BLOCK):
+            read = _reading(block, number)
+            rows_with += [len(some) for some in _rows_of_words(read, len(number))]
+            pickle.dump(read, file)
+            sizes.append(len(read))
+        weights = _weigh(sought, number, rows_with, sum(sizes))
+        file.seek(0)
+        for size in sizes:
+            for i, *place in _in_block(pickle.load(file), len(number), questions, sought, weights, share):
+                yield first + i, *place
+            first += size
 
 # %% ../../nbs/93_data.reworded.ipynb #abd9ded3
 def paraphrases(
@@ -233,26 +225,31 @@ def paraphrases(
     if not 0 < share <= 1:
         raise InputError(f"share {share} is not a share: choose one above 0 and at most 1.")
     rows = [_as_text(row, i) for i, row in enumerate(rows)]
-    return _described(_surest(partial(iter, rows), list(questions), share), rows)
+    return _described(_surest(_asking(rows, list(questions), share)), rows)
 
 
-def _surest(texts, questions, share):
-    "For each row that seems to ask (place, share, question, first word, word after), the surest first."
-    best = {}
-    for i, question, got, sign, words, reach in _rewordings(texts, questions, share):
-        if i not in best or got > best[i][0]:
-            best[i] = (got, question["question"], sign - words, sign + reach)
-    return sorted(((i, *what) for i, what in best.items()), key=lambda found: (-found[1], found[0]))
+def _asking(rows, questions, share):
+    "For each row that seems to ask its places: (share, question, word number of the sign, first word, word after)."
+    found = {}
+    for i, question, got, sign, words, reach in _rewordings(rows, questions, share):
+        found.setdefault(i, []).append((got, question, sign, sign - words, sign + reach))
+    return found
+
+
+def _surest(asking):
+    "Of each row the surest place, behind the number of the row; the surest row first."
+    best = [(i, max(places, key=lambda place: place[0])) for i, places in asking.items()]
+    return sorted(best, key=lambda found: (-found[1][0], found[0]))
 
 
 def _described(found, texts):
     "What `_surest` found in some texts, for a reader."
-    places = {place for place, *_ in found}
-    rows = {i: row for i, row in enumerate(texts) if i in places} if found else {}
+    numbers = {i for i, _ in found}
+    rows = {i: row for i, row in enumerate(texts) if i in numbers} if found else {}
     described = []
-    for i, share, question, first, after in found:
-        excerpt = _cut(rows[i]["text"], first, after)
-        described.append(dict(id=rows[i]["id"], question=question, share=round(float(share), 3), excerpt=excerpt))
+    for i, (share, question, _, first, after) in found:
+        entry = dict(id=rows[i]["id"], question=question["question"], share=round(float(share), 3))
+        described.append(entry | dict(excerpt=_cut(rows[i]["text"], first, after)))
     return described
 
 # %% ../../nbs/93_data.reworded.ipynb #479c3874
@@ -310,41 +307,35 @@ def _without_asking(row, place, asked, min_chars):
     "A document without the paragraphs that ask (None: too little is left), and an entry for what went."
     parts = paragraphs(row["text"])
     ends = np.cumsum([len(_stream(part)) for part in parts])
-    asking = {int(np.searchsorted(ends, sign, "right")) for sign, *_ in asked}
+    asking = {int(np.searchsorted(ends, sign, "right")) for _, _, sign, *_ in asked}
     left = _enough(row, cut_out(parts, asking), min_chars)
-    _, question, first, after = min(asked, key=lambda found: found[0])
+    _, question, _, first, after = min(asked, key=lambda found: found[2])
     reason = "reworded" if left is None else "reworded, removed"
     return left, _lost(row, place, reason, question, _cut(row["text"], first, after))
 
 
 def _clear_reworded(
-    rows,  # that can be read twice
-    places,  # of the rows; those of the rows that stay take their place
-    questions,
-    sure,  # share from which a paragraph goes
+    rows,
+    places,  # of the rows
+    asked,  # number of a document, counted among the documents -> its places that ask, as from `_asking`
     min_chars,
     gone,  # gets an entry for each document that lost something
 ):
     "Yield the rows, documents without the paragraphs that ask a question in other words."
-    found, at, staying = {}, -1, []
-    for n, question, _, sign, words, reach in _rewordings(partial(_texts_with, "text", rows, places), questions, sure):
-        found.setdefault(n, []).append((sign, question, sign - words, sign + reach))
+    at = -1
     for row, place in zip(rows, places):
         at += "text" in row
-        if "text" in row and at in found:
-            row, entry = _without_asking(row, place, found[at], min_chars)
+        if "text" in row and at in asked:
+            row, entry = _without_asking(row, place, asked[at], min_chars)
             gone.append(entry)
         if row is not None:
-            staying.append(place)
             yield row
-    places[:] = staying
 
 # %% ../../nbs/93_data.reworded.ipynb #b191bd6a
-def _suspected(texts, questions):
-    "Entries for up to five rows that seem to ask a question in other words, with the number of all such rows."
-    found = _surest(texts, questions, _SUSPECT)
-    entries = _described(found[:5], texts())
-    return [{**entry, "reason": "suspected", "count": len(found)} for entry in entries]
+def _suspected(asking, texts):
+    "Entries for up to five rows that seem to ask, of all that `_asking` found, with their number."
+    entries = _described(_surest(asking)[:5], texts)
+    return [{**entry, "reason": "suspected", "count": len(asking)} for entry in entries]
 
 # %% ../../nbs/93_data.reworded.ipynb #42858838
 def _clear_copies(
@@ -391,9 +382,14 @@ def without_leaks(
     answered = [q for q in questions if not isinstance(q, str) and right_answer(q)]
     if not answered:
         return kept, gone
+    documents, talks = (partial(_texts_with, key, kept, places) for key in ("text", "messages"))
+    asking, cut = _asking(documents(), answered, _SUSPECT), {}
     if sure is not None:
-        before, kept = kept, spooled(_clear_reworded(kept, places, answered, sure, min_chars, gone))
+        sure_of = {i: [place for place in found if place[0] >= sure] for i, found in asking.items()}
+        cut = {i: found for i, found in sure_of.items() if found}
+    suspected = _suspected({i: found for i, found in asking.items() if i not in cut}, documents())
+    suspected += _suspected(_asking(talks(), answered, _SUSPECT), talks())
+    if cut:
+        before, kept = kept, spooled(_clear_reworded(kept, places, cut, min_chars, gone))
         remove_file(before)
-    for key in ("text", "messages"):
-        gone += _suspected(partial(_texts_with, key, kept, places), answered)
-    return kept, gone
+    return kept, gone + suspected
