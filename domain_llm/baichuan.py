@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from .core import InputError, atomic_dir, read_json, refuse_existing, write_json
-from .layouts import config_of, pieces_of, tokenizer_of, weight_files, write_weights
+from .layouts import config_of, sentencepiece_of, tokenizer_of, weight_files, write_weights
 
 # %% ../nbs/91_baichuan.ipynb #14382420
 BAICHUAN2_VOCABULARY = 125_696  # tokens; Baichuan 1 has 64,000
@@ -87,7 +87,7 @@ def baichuan_to_llama(
     folder, out = (Path(path).expanduser() for path in (folder, out))
     refuse_existing(out)
     config = config_of(folder, "baichuan")
-    made, files, proto = llama_config(config), weight_files(folder), pieces_of(folder)
+    made, files, proto = llama_config(config), weight_files(folder), sentencepiece_of(folder)
     if normalized is None:
         normalized = config["vocab_size"] == BAICHUAN2_VOCABULARY
     with atomic_dir(out) as tmp:

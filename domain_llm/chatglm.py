@@ -10,9 +10,12 @@ import re
 from pathlib import Path
 
 from .core import InputError, atomic_dir, refuse_existing, write_json
-from .layouts import config_of, pieces_of, tokenizer_of, weight_files, write_weights
+from .layouts import config_of, sentencepiece_of, tokenizer_of, weight_files, write_weights
 
 # %% ../nbs/91_chatglm.ipynb #cha00006
+_VOCABULARY = 65_024  # of ChatGLM3; GLM-4, whose first files are of the same kind, has 151,552
+_NEEDED = {"padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads", "kv_channels"}
+_NEEDED |= {"multi_query_attention", "multi_query_group_num", "add_qkv_bias", "seq_length", "layernorm_epsilon"}
 _MUST = dict(
     rmsnorm=True,
     post_layer_norm=True,
@@ -25,12 +28,13 @@ def glm_config(
     config: dict,  # ChatGLM3's config.json
 ):
     "The config.json of the GLM that computes what a ChatGLM3 computes. Raises InputError for another architecture."
-    if "chatglm2" in config.get("_name_or_path", "").lower():
+    if "chatglm2" in (config.get("_name_or_path") or "").lower():
         raise InputError("this is ChatGLM2, which has no marks for the roles of a conversation. Take ChatGLM3.")
-    for name, value in _MUST.items():
-        if config.get(name, value) != value or "padded_vocab_size" not in config:
-            said = "this ChatGLM is built otherwise than ChatGLM3, and transformers has no class for it"
-            raise InputError(f"{said}. Take ChatGLM3, or a model of another family.")
+    if _NEEDED - config.keys() or any(config.get(name, value) != value for name, value in _MUST.items()):
+        said = "this ChatGLM is built otherwise than ChatGLM3, and transformers has no class for it"
+        raise InputError(f"{said}. Take ChatGLM3, or a model of another family.")
+    if config["padded_vocab_size"] > _VOCABULARY:
+        raise InputError("this is a GLM-4, which transformers knows. Take its files whose name ends in -hf.")
     heads = config["num_attention_heads"]
     ends = {name: config[name] for name in ("eos_token_id", "pad_token_id") if config.get(name) is not None}
     return {
@@ -88,7 +92,7 @@ _MARKS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
 _ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 _TEMPLATE = (
     "{% for m in messages %}{% if loop.first %}[gMASK]sop{% endif %}"
-    "{{ '<|' + m['role'] + '|>\n ' + m['content'] }}{% endfor %}"
+    "{{ '<|' + m['role'] + '|>\n' + (' ' + m['content'] if m['content'] else '') }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -114,9 +118,12 @@ def chatglm_to_glm(
     "Write a ChatGLM3 as a GLM that computes the same, with its tokenizer; gives the folder."
     folder, out = (Path(path).expanduser() for path in (folder, out))
     refuse_existing(out)
-    made, files, proto = glm_config(config_of(folder, "chatglm")), weight_files(folder), pieces_of(folder)
+    made, files, proto = glm_config(config_of(folder, "chatglm")), weight_files(folder), sentencepiece_of(folder)
     with atomic_dir(out) as tmp:
         write_weights(files, tmp, lambda tensors: glm_tensors(tensors, made))
-        _with_marks(tokenizer_of(proto, tmp)).save_pretrained(tmp)
+        tok = _with_marks(tokenizer_of(proto, tmp))
+        tok.save_pretrained(tmp)
+        stops = [tok.eos_token_id, *tok.convert_tokens_to_ids(["<|user|>", "<|observation|>"])]
+        write_json(tmp / "generation_config.json", dict(eos_token_id=stops, pad_token_id=made.get("pad_token_id")))
         write_json(tmp / "config.json", made)
     return out

@@ -39,12 +39,16 @@ def join():
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
 
 # %% ../nbs/91_ranks.ipynb #7b0e9cbc
+_inside = []  # the work of this process that the others wait for
+
+
 def once(
     work,  # function that the first process calls
     *given,  # its arguments
 ):
-    "What a function gives in the first process, in all of them; all raise its InputError."
-    if world() == 1:
+    """What a function gives in the first process, in all of them; all raise its InputError. Within such a function it
+    is a call like any other, since the other processes wait for its end."""
+    if world() == 1 or _inside:
         return work(*given)
     import torch
     import torch.distributed as dist
@@ -59,10 +63,13 @@ def once(
 
 def _result(work, given):
     "What a function gives, or its InputError."
+    _inside.append(work)
     try:
         return work(*given), None
     except InputError as e:
         return None, e
+    finally:
+        _inside.pop()
 
 # %% ../nbs/91_ranks.ipynb #cfc7f381
 def total(

@@ -13,6 +13,8 @@ from fixtures.families import LINES
 from domain_llm.chatglm import chatglm_to_glm
 from domain_llm.core import InputError
 from domain_llm.models import load
+from domain_llm.train.format import stop_tokens
+from domain_llm.train.sft import encode
 
 IDS = list(range(3, 43))
 MARKS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
@@ -92,7 +94,14 @@ def test_texts_and_turns_become_the_ids_of_its_own_code(folder, tmp_path, pieces
 
 
 @pytest.mark.parametrize(
-    "wrong", (dict(rmsnorm=False), dict(add_bias_linear=True), dict(padded_vocab_size=None), dict(model_type="glm"))
+    "wrong",
+    (
+        dict(rmsnorm=False),
+        dict(add_bias_linear=True),
+        dict(padded_vocab_size=None),
+        dict(kv_channels=None),
+        dict(model_type="glm"),
+    ),
 )
 def test_what_is_built_otherwise_is_refused(folder, tmp_path, wrong):
     config = {name: value for name, value in (CONFIG | wrong).items() if value is not None}
@@ -100,6 +109,16 @@ def test_what_is_built_otherwise_is_refused(folder, tmp_path, wrong):
     with pytest.raises(InputError, match="built otherwise|not 'chatglm'"):
         chatglm_to_glm(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_token_that_is_trained_as_the_end_stops_the_model(folder, tmp_path):
+    out = chatglm_to_glm(folder, tmp_path / "out")
+    model, tok = load(str(out), device="cpu")
+    talk = [("user", "Which?"), ("assistant", "40 bar."), ("user", "And then?"), ("assistant", "Tallow.")]
+    row = encode([dict(role=role, content=text) for role, text in talk], tok)[0]
+    ends = [now for now, after in zip(row["labels"], [*row["labels"][1:], -100]) if now != -100 and after == -100]
+    assert len(ends) == 2 and set(ends) <= set(model.generation_config.eos_token_id)
+    assert set(ends) <= set(stop_tokens(str(out), model.config))
 
 
 def test_a_tokenizer_of_another_kind_is_refused(folder, tmp_path):

@@ -1133,6 +1133,35 @@ def test_leaks_of_rows_on_disk_are_those_of_rows_in_memory(tmp_path, monkeypatch
     assert not on_disk.path.exists()
 
 
+def test_what_is_suspected_beside_a_paragraph_that_goes_is_reported():
+    "One paragraph asks surely and goes; another place of the document has a share between the two, and stays."
+    asked, pages, stating = rewordings(4)
+    both = paraphrases(pages + stating, asked, 0.3)
+    sure = next(f for f in both if f["share"] >= 0.6)
+    weak = next(f for f in both if 0.3 <= f["share"] < 0.5)
+    text = {row["id"]: row["text"] for row in [*pages, *stating]}
+    joined = row(f"{text[sure['id']]}\n\n{text[weak['id']]}", name="joined")
+
+    def suspects(rows):
+        gone = without_leaks(rows, asked)[1]
+        return gone, max((entry["count"] for entry in gone if entry["reason"] == "suspected"), default=0)
+
+    gone, count = suspects([joined, *pages, *stating])
+    assert [entry["reason"] for entry in gone if entry["id"] == "joined"][0] == "reworded, removed"
+    assert count == suspects([*pages, *stating])[1] + 1
+
+
+def test_a_full_disk_is_named(monkeypatch):
+    import errno
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("domain_llm.data.rows.pickle.dump", full)
+    with pytest.raises(InputError, match="No space left.*TMPDIR"):
+        without_leaks([row("The crane stands in the yard. " * 10)], [GREASE])
+
+
 def test_a_paragraph_that_asks_goes_with_its_answer():
     text = (
         "The crane stands in the yard. " * 10

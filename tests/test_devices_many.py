@@ -156,6 +156,7 @@ def recipe(ranks):
     set_ = dict(method="full", length=64, tokens_per_step=1024, probes=2)
     made = dict(name="small", model=str(folder), demo=8, pretrain=set_, sft=False, quantize=False)
     made |= dict(mix=dict(parts=dict(domain=1, general=0.5), epochs=1), evaluate=dict(questions=8, probe_tokens=200))
+    made |= dict(select=dict(kinds=["standard", "book", "web"]))
     path = ranks.folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(made))
     return path

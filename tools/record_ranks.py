@@ -40,8 +40,8 @@ def trained(ask, folder, calls):
         if killed:
             given["die"] = (processes - 1, killed)
         ends = ask(dict(job="train", processes=processes, given=given))
-        if not killed and any(ends):
-            raise SystemExit(Path(f"{folder}.log").read_text()[-3000:])
+        if any(ends) != bool(killed):
+            raise SystemExit(f"the processes ended with {ends}: {Path(f'{folder}.log').read_text()[-3000:]}")
     return folder
 
 

@@ -68,14 +68,17 @@ def watched(folder, beyond):
     command = ["domain-llm", "run", str(folder / "recipe.yaml"), "--output", str(out)]
     with open(log, "w") as f:
         running = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
-    while not any(step > beyond for step in checkpoints(out)):
-        if running.poll() is not None:
-            raise SystemExit(log.read_text()[-3000:])
-        stage = (["start"] + re.findall(r"^\[\d+/\d+\] (\w+):", log.read_text(), re.MULTILINE))[-1]
-        peaks[stage] = max(peaks.get(stage, 0), anonymous_mb(running.pid))
-        time.sleep(0.1)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    try:
+        while not any(step > beyond for step in checkpoints(out)):
+            if running.poll() is not None:
+                raise SystemExit(log.read_text()[-3000:])
+            stage = (["start"] + re.findall(r"^\[\d+/\d+\] (\w+):", log.read_text(), re.MULTILINE))[-1]
+            peaks[stage] = max(peaks.get(stage, 0), anonymous_mb(running.pid))
+            time.sleep(0.1)
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
     return dict(peak_mb=peaks, seconds=time.time() - began)
 
 

@@ -55,11 +55,19 @@ def write_documents(folder, megabytes, questions, first=0):
     return documents, repeated
 
 
+def size_of(path):
+    "Bytes of a file, 0 where it has gone meanwhile."
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def watch(folder, most, ended):
     "Keep the largest anonymous memory, and the largest size of the files in a folder, both in MB, in `most`."
     while not ended.wait(0.1):
         most["memory"] = max(most["memory"], anonymous_mb())
-        most["disk"] = max(most["disk"], sum(path.stat().st_size for path in folder.rglob("*.arrow")) / 1e6)
+        most["disk"] = max(most["disk"], sum(map(size_of, folder.rglob("*"))) / 1e6)
 
 
 def measure(megabytes):

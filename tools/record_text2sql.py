@@ -167,14 +167,15 @@ def main():
     train, parts = make_parts(world, schema, given.lang)
     folder = cache_dir() / "text2sql" / fingerprint(given.lang, given.passes, SAMPLES, train, parts)
     folder.mkdir(parents=True, exist_ok=True)
+    suffix = "" if given.lang == "en" else f"_{given.lang}"
     if given.untuned:
         found = dict(lang=given.lang, arms=untuned(train, parts, con, schema, folder))
-        return print(save_result("text2sql_untuned", found, started))
+        return print(save_result(f"text2sql_untuned{suffix}", found, started))
     results = all_results(train, parts, con, schema, given.passes, folder)
     result = dict(lang=given.lang, passes=given.passes, samples=SAMPLES, wanted=WANTED, train=len(train))
     result |= figures(results, parts)
     print(result)
-    print(save_result("text2sql" if given.lang == "en" else f"text2sql_{given.lang}", result, started))
+    print(save_result(f"text2sql{suffix}", result, started))
 
 
 if __name__ == "__main__":

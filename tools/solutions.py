@@ -6,6 +6,7 @@ A chapter is executed without its `#| slow` and `#| cuda` cells, then the Python
 in the same kernel. Nothing is written. Exit status 1 where a solution fails.
 """
 
+import argparse
 import os
 import re
 import sys
@@ -26,15 +27,22 @@ def solutions(nb):
 
 
 def executed(path):
-    "The cells of the solutions after their execution."
+    "The cells of the solutions after their execution, behind those of the chapter that failed."
     nb = nbformat.read(path, 4)
-    added = [nbformat.v4.new_code_cell(code) for code in solutions(nb)]
+    own, added = list(nb.cells), [nbformat.v4.new_code_cell(code) for code in solutions(nb)]
+    if not added:
+        return []
     nb.cells += added
     resources = {"metadata": {"path": str(Path(path).parent)}}
     client = SkippingClient(nb, timeout=LIMIT, kernel_name="python3", resources=resources, allow_errors=True)
     client.skipped = (*NEVER, "slow")
     client.execute()
-    return added
+    return [cell for cell in own if failed(cell)] + added
+
+
+def failed(cell):
+    "Whether a cell ended with an error."
+    return any(out.output_type == "error" for out in cell.get("outputs", ()))
 
 
 def said(cell):
@@ -51,15 +59,17 @@ def said(cell):
 
 
 def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("notebooks", nargs="*", help="notebooks (default: every chapter)")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-    failed = 0
-    for path in sys.argv[1:] or chapters():
+    bad = 0
+    for path in p.parse_args().notebooks or chapters():
         for n, cell in enumerate(executed(path), 1):
             print(f"{path}, block {n}:\n{cell.source.rstrip()}\n-->\n{said(cell)}\n", flush=True)
-            failed += any(out.output_type == "error" for out in cell.outputs)
-    print(f"{failed} blocks failed" if failed else "no block failed")
-    return bool(failed)
+            bad += failed(cell)
+    print(f"{bad} blocks failed" if bad else "no block failed")
+    return bool(bad)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@
 __all__ = ['paraphrases', 'without_leaks']
 
 # %% ../../nbs/93_data.reworded.ipynb #4d3f06b1
-import pickle
 import re
 from functools import partial
-from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -25,7 +23,7 @@ from domain_llm.data.leaks import (
     without_copies,
     words_around,
 )
-from .rows import blocks, remove_file, spooled
+from .rows import blocks, remove_file, set_aside, spooled
 
 # %% ../../nbs/93_data.reworded.ipynb #3ff3d8ad
 _SIGN = r"\?|_{2,}|(?<![A-Za-z0-9_\])])\( *\)|(?:answer|答案?) *:"  # a question mark, a blank, "Answer:"
@@ -191,23 +189,21 @@ def _in_block(read, words, questions, sought, weights, share):
 
 
 def _rewordings(rows, questions, share):
-    """Each place that seems to ask: (row, question, share, word number of the sign, words of the question, reach). What
-    is read of the rows stands in a file meanwhile."""
+    "Each place that seems to ask: (row, question, share, word number of the sign, words of the question, reach)."
     sought = _sought(questions)
     number = _numbered(sought)
-    sizes, rows_with, first = [], np.zeros(len(number), int), 0
-    with TemporaryFile() as file:
+    total, rows_with, first = 0, np.zeros(len(number), int), 0
+    with set_aside() as (put, taken):
         for block in blocks(rows, _BLOCK):
             read = _reading(block, number)
             rows_with += [len(some) for some in _rows_of_words(read, len(number))]
-            pickle.dump(read, file)
-            sizes.append(len(read))
-        weights = _weigh(sought, number, rows_with, sum(sizes))
-        file.seek(0)
-        for size in sizes:
-            for i, *place in _in_block(pickle.load(file), len(number), questions, sought, weights, share):
+            total += len(read)
+            put(read)
+        weights = _weigh(sought, number, rows_with, total)
+        for read in taken():
+            for i, *place in _in_block(read, len(number), questions, sought, weights, share):
                 yield first + i, *place
-            first += size
+            first += len(read)
 
 # %% ../../nbs/93_data.reworded.ipynb #abd9ded3
 def paraphrases(
@@ -303,21 +299,25 @@ def _texts_with(key, rows, places):
             yield _as_text(row, place)
 
 
-def _without_asking(row, place, asked, min_chars):
-    "A document without the paragraphs that ask (None: too little is left), and an entry for what went."
+def _without_asking(row, place, found, sure, min_chars):
+    """A document without the paragraphs that ask surely (None: too little is left), an entry for what went, and those
+    of its places that stay."""
     parts = paragraphs(row["text"])
     ends = np.cumsum([len(_stream(part)) for part in parts])
-    asking = {int(np.searchsorted(ends, sign, "right")) for _, _, sign, *_ in asked}
+    at = [int(np.searchsorted(ends, sign, "right")) for _, _, sign, *_ in found]
+    asking = {paragraph for paragraph, (share, *_) in zip(at, found) if share >= sure}
     left = _enough(row, cut_out(parts, asking), min_chars)
-    _, question, _, first, after = min(asked, key=lambda found: found[2])
+    _, question, _, first, after = min((some for some in found if some[0] >= sure), key=lambda some: some[2])
     reason = "reworded" if left is None else "reworded, removed"
-    return left, _lost(row, place, reason, question, _cut(row["text"], first, after))
+    entry = _lost(row, place, reason, question, _cut(row["text"], first, after))
+    return left, entry, [some for some, paragraph in zip(found, at) if left and paragraph not in asking]
 
 
 def _clear_reworded(
     rows,
     places,  # of the rows
-    asked,  # number of a document, counted among the documents -> its places that ask, as from `_asking`
+    asking,  # as from `_asking`, of the documents, counted among themselves; keeps the places that stay
+    sure,  # share from which a paragraph goes
     min_chars,
     gone,  # gets an entry for each document that lost something
 ):
@@ -325,8 +325,8 @@ def _clear_reworded(
     at = -1
     for row, place in zip(rows, places):
         at += "text" in row
-        if "text" in row and at in asked:
-            row, entry = _without_asking(row, place, asked[at], min_chars)
+        if "text" in row and any(share >= sure for share, *_ in asking.get(at, ())):
+            row, entry, asking[at] = _without_asking(row, place, asking[at], sure, min_chars)
             gone.append(entry)
         if row is not None:
             yield row
@@ -383,13 +383,11 @@ def without_leaks(
     if not answered:
         return kept, gone
     documents, talks = (partial(_texts_with, key, kept, places) for key in ("text", "messages"))
-    asking, cut = _asking(documents(), answered, _SUSPECT), {}
+    asking, before = _asking(documents(), answered, _SUSPECT), kept
     if sure is not None:
-        sure_of = {i: [place for place in found if place[0] >= sure] for i, found in asking.items()}
-        cut = {i: found for i, found in sure_of.items() if found}
-    suspected = _suspected({i: found for i, found in asking.items() if i not in cut}, documents())
-    suspected += _suspected(_asking(talks(), answered, _SUSPECT), talks())
-    if cut:
-        before, kept = kept, spooled(_clear_reworded(kept, places, cut, min_chars, gone))
+        kept = spooled(_clear_reworded(before, places, asking, sure, min_chars, gone))
+    gone += _suspected({i: found for i, found in asking.items() if found}, documents())
+    gone += _suspected(_asking(talks(), answered, _SUSPECT), talks())
+    if kept is not before:
         remove_file(before)
-    return kept, gone + suspected
+    return kept, gone

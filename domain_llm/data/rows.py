@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'PACKED', 'DOCUMENTS', 'IN_MEMORY', 'features', 'write_arrow', 'gathered', 'lengths', 'chosen', 'as_dataset',
-           'Lines', 'spooled', 'blocks', 'remove_file']
+           'Lines', 'spooled', 'set_aside', 'blocks', 'remove_file']
 
 # %% ../../nbs/93_data.rows.ipynb #ea54db5a
 import atexit
 import os
+import pickle
 import shutil
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryFile, gettempdir, mkdtemp
 from uuid import uuid4
 
-from ..core import atomic_file, iter_jsonl, write_jsonl
+from ..core import InputError, atomic_file, iter_jsonl, write_jsonl
 from ..ranks import once
 
 # %% ../../nbs/93_data.rows.ipynb #9f74f494
@@ -58,7 +59,8 @@ def write_arrow(
 def gathered(
     rows,  # iterable of rows; not read where the file is there already
     path=None,  # Arrow file that gets them, whole or not at all; without it they stay in memory
-    columns: dict = TOKENS,  # `TOKENS` or `PACKED`
+    columns: dict = TOKENS,  # as in `features`
+    at_a_time: int = 1000,  # rows that are in memory while the file is written
 ):
     """The rows as a list, or as a Dataset that reads them from the file. Of several processes that train together the
     first writes the file."""
@@ -66,7 +68,7 @@ def gathered(
         return list(rows)
     from datasets import Dataset
 
-    once(write_arrow, Path(path), rows, columns)
+    once(write_arrow, Path(path), rows, columns, at_a_time)
     return Dataset.from_file(str(path))
 
 # %% ../../nbs/93_data.rows.ipynb #d1187a84
@@ -155,16 +157,39 @@ class Lines:
 
 
 def spooled(
-    rows,  # iterable of rows of any kind, such as conversations
+    rows,  # iterable of dicts, such as conversations
 ):
-    """Rows to loop over more than once: a list, or above `IN_MEMORY` characters `Lines` of a file in the system's
-    temporary folder, which goes when Python ends."""
+    """Rows that JSON can hold, to loop over more than once: a list, or above `IN_MEMORY` characters `Lines` of a file
+    in the system's temporary folder, which goes when Python ends."""
     rows = iter(rows)
     first, more = _first(rows, lambda row: len(str(row)))
     if not more:
         return first
     path = _scratch() / f"{uuid4().hex}.jsonl"
     return Lines(path, write_jsonl(path, chain(first, rows)))
+
+
+@contextmanager
+def set_aside():
+    """A function that puts an object into a file of the system's temporary folder, and one that gives an iterator over
+    all that was put there; the file goes with the block. Raises InputError where the disk is full."""
+    with TemporaryFile() as file:
+
+        def put(what):
+            try:
+                pickle.dump(what, file)
+                file.flush()
+            except OSError as e:
+                where = f"the temporary folder {gettempdir()} takes no more ({e.strerror})"
+                raise InputError(f"{where}. Free some space there, or name another folder by TMPDIR.") from e
+
+        def taken():
+            file.seek(0)
+            with suppress(EOFError):
+                while True:
+                    yield pickle.load(file)
+
+        yield put, taken
 
 
 def blocks(

@@ -237,8 +237,9 @@ def select(
     near: float = None,  # share of the documents to choose from, those nearest in meaning to the target; all
     embed=None,  # function: list of texts -> vectors, for `near`
 ):
-    """The rows to train on within a token budget, the best first; the same seed gives the same rows. From a Dataset
-    that is on disk they are read as needed; for dsir, diverse and near something of every document is in memory."""
+    """The rows to train on within a token budget, the best first, as a list, or of a Dataset as a Dataset; the same
+    seed gives the same rows. A Dataset on disk is read as needed; for dsir, diverse and near something of every
+    document is in memory."""
     if by not in SCORES:
         raise InputError(f"cannot select by {by!r}{nearest(by, SCORES)}: use {', '.join(SCORES)}.")
     docs = docs if hasattr(docs, "select") else list(docs)

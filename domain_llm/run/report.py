@@ -27,7 +27,7 @@ def _percent(x, digits=0):
 
 
 def _digits(first, last, change):
-    "Decimals with which two accuracies and their difference fit each other, as they are printed."
+    "Decimals of two accuracies and their difference: one where whole numbers would not fit each other."
     if change is None:
         return 0
     before, after, points = (round(100 * x) for x in (first, last, change["diff"]))

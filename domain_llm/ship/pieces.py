@@ -93,12 +93,15 @@ _WITHOUT_WINDOW = ("mistral", "qwen2", "qwen3")  # model types whose window llam
 
 def _window(config):
     "The window, in tokens, that llama.cpp leaves out, where it is shorter than the context; or None."
-    kind, layers = config.get("model_type"), config.get("layer_types", ["sliding_attention"])
-    window = config.get("sliding_window", 4096 if kind == "mistral" else None)  # transformers' own values
-    used = config.get("use_sliding_window", kind == "mistral") and "sliding_attention" in layers
-    if kind not in _WITHOUT_WINDOW or not window or not used:
+    if config.get("model_type") not in _WITHOUT_WINDOW:
         return None
-    return window if window < config["max_position_embeddings"] else None
+    from transformers import AutoConfig
+
+    own = AutoConfig.for_model(**config)
+    layers = getattr(own, "layer_types", None) or ["sliding_attention"]
+    if not own.sliding_window or "sliding_attention" not in layers:
+        return None
+    return own.sliding_window if own.sliding_window < own.max_position_embeddings else None
 
 # %% ../../nbs/95_ship.pieces.ipynb #4591625f
 def _as_chatglm(config):
