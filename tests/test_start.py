@@ -209,7 +209,7 @@ OF_OLD = dict(  # of a recipe without the keys, computed by the code before ther
     evaluate="9c5e60b2e04b46fe",
     screen="2c05f71a75e80078",
     answers="558971f86ef0d9f6",
-    quantize="25080ff3f701bf0c",
+    quantize="005c24457b39ca2c",
 )
 
 

@@ -129,7 +129,7 @@ def as_dataset(
     a file of the system's temporary folder (TMPDIR), which is read as needed and goes when Python ends."""
     from datasets import Dataset
 
-    rows = ({name: row[name] for name in DOCUMENTS} for row in rows)
+    rows = ({name: row.get(name) for name in DOCUMENTS} for row in rows)
     first, more = _first(rows, lambda row: len(row["text"] or ""))
     if not more:
         columns = {name: [row[name] for row in first] for name in DOCUMENTS}
