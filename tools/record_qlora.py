@@ -42,6 +42,13 @@ def started(out):
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
+def stop(running):
+    "Kill a run that has not ended, and what it started."
+    if running.poll() is None:
+        os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+
+
 def steps_done(out, stage):
     "The steps of the checkpoints that are whole."
     found = (out / stage / "checkpoints").glob("checkpoint-*/seal.json")
@@ -51,12 +58,13 @@ def steps_done(out, stage):
 def killed(out, stage):
     "Call the run, kill it once a checkpoint after the start is whole, and give that checkpoint's step."
     running = started(out)
-    while not any(steps_done(out, stage)):
-        if running.poll() is not None:
-            raise SystemExit(f"the run ended before a checkpoint of {stage}: see {out.with_suffix('.log')}")
-        time.sleep(0.1)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    try:
+        while not any(steps_done(out, stage)):
+            if running.poll() is not None:
+                raise SystemExit(f"the run ended before a checkpoint of {stage}: see {out.with_suffix('.log')}")
+            time.sleep(0.1)
+    finally:
+        stop(running)
     return steps_done(out, stage)[-1]
 
 
@@ -74,7 +82,12 @@ def cut_twice(out):
 
 def finished(out):
     "Call the run and wait for its end."
-    if started(out).wait():
+    running = started(out)
+    try:
+        failed = running.wait()
+    finally:
+        stop(running)
+    if failed:
         raise SystemExit(f"the run failed: see {out.with_suffix('.log')}")
 
 

@@ -384,7 +384,7 @@ def without_leaks(
         return kept, gone
     documents, talks = (partial(_texts_with, key, kept, places) for key in ("text", "messages"))
     asking, before = _asking(documents(), answered, _SUSPECT), kept
-    if sure is not None:
+    if sure is not None and any(share >= sure for found in asking.values() for share, *_ in found):
         kept = spooled(_clear_reworded(before, places, asking, sure, min_chars, gone))
     gone += _suspected({i: found for i, found in asking.items() if found}, documents())
     gone += _suspected(_asking(talks(), answered, _SUSPECT), talks())
