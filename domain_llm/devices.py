@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEMORY_ADVICE', 'running', 'share_cores', 'versions', 'machine', 'file_lines', 'peak_bytes', 'peak_memory_gb',
-           'trim_memory', 'reset_peak_memory', 'default_device', 'half_dtype', 'out_of_memory', 'memory_advice',
-           'shortage', 'disk_full']
+           'trim_memory', 'reset_peak_memory', 'default_device', 'half_dtype', 'adapter_dtype', 'out_of_memory',
+           'memory_advice', 'shortage', 'disk_full']
 
 # %% ../nbs/91_devices.ipynb #851689ac
 import errno
@@ -139,6 +139,17 @@ def half_dtype(
     else:
         fast = kind == "cpu" and _cpu_bfloat16()
     return torch.bfloat16 if fast else torch.float32
+
+
+def adapter_dtype(
+    device,  # a torch device or its name
+):
+    """The dtype in which LoRA and QLoRA compute: `half_dtype`, or torch.float16 on an NVIDIA GPU that does not compute
+    in bfloat16."""
+    import torch
+
+    half = half_dtype(device)
+    return torch.float16 if torch.device(device).type == "cuda" and half == torch.float32 else half
 
 # %% ../nbs/91_devices.ipynb #8d2a84c7
 def _cpu_bfloat16():

@@ -217,7 +217,8 @@ def test_gradients_that_are_copied_in_parts_move_the_weights_as_all_at_once():
 
 
 def test_the_optimizer_follows_the_recipe_and_the_device(monkeypatch):
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    cpu, gpu = (types.SimpleNamespace(device=torch.device(kind)) for kind in ("cpu", "cuda"))
+    monkeypatch.setattr(loop, "compute_dtype", lambda model: torch.bfloat16)
     assert loop._optimizer(CFG, cpu)[1] == dict(lr=CFG["learning_rate"], fused=True)
     eight = {**CFG, "optimizer": "adamw8bit"}
     with pytest.raises(InputError, match="device 'cpu'. Write optimizer: adamw"):
@@ -225,7 +226,7 @@ def test_the_optimizer_follows_the_recipe_and_the_device(monkeypatch):
     monkeypatch.setattr(loop, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install bitsandbytes"):
         loop._optimizer(eight, gpu)
-    monkeypatch.undo()
+    monkeypatch.setattr(loop, "find_spec", lambda name: True)
     bitsandbytes = pytest.importorskip("bitsandbytes")
     assert loop._optimizer(eight, gpu) == (bitsandbytes.optim.PagedAdamW8bit, dict(lr=CFG["learning_rate"]))
 

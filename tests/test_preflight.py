@@ -494,7 +494,7 @@ def test_both_stages_and_the_kept_models_add_up(seven):
     """By hand, in bytes a parameter: pretrain and sft keep 2 models of 2 bytes each, two final ones of 2 bytes stay,
     checkpoints are 14 bytes."""
     cfg = recipe(pretrain=dict(probes=2), sft=dict(method="full", probes=2), evaluate=dict(screen=True))
-    per = {k: v / seven["parameters"] for k, v in disk_parts(cfg, seven).items() if v and k != "the rest"}
+    per = {k: v / seven["parameters"] for k, v in disk_parts(cfg, seven).items() if v and k != "documents and reports"}
     assert per == {"weights in checkpoints": 6, "optimizer in checkpoints": 36, "kept models": 8, "final models": 2}
 
 

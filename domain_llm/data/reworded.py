@@ -31,7 +31,7 @@ _UNITS = re.compile(rf"({_SIGN})|[{CJK}]|(?:(?![{CJK}_])\w)+", re.I)
 
 
 def _stream(text):
-    'Words as in `units_of`, and "?" for what shows a question: a question mark, a blank to fill in, "Answer:".'
+    'Words as in `leaks.units_of`, and "?" for what shows a question: a question mark, a blank to fill in, "Answer:".'
     found = _UNITS.finditer(normal_form("NFKC", text))
     return ["?" if match[1] else match[0].casefold() for match in found]
 

@@ -13,7 +13,7 @@ import math
 import shutil
 from pathlib import Path
 
-from ..devices import default_device, half_dtype
+from ..devices import adapter_dtype, default_device, half_dtype
 from .base_model import adapter_parameters
 from .findings import error, note, warning
 from .recipe import training_stages
@@ -74,7 +74,7 @@ def disk_parts(
     "Bytes by part at the moment of the run when most is on the disk."
     half = device["half"]
     weights = size["parameters"] * (4 if device["kind"] == "cpu" else half)
-    now = dict.fromkeys(DISK_PARTS, 0) | {"the rest": OTHER}
+    now = dict.fromkeys(DISK_PARTS, 0) | {"documents and reports": OTHER}
     if cfg.get("vocab"):
         now = {**now, "final models": weights}
     moments = [now]
@@ -184,6 +184,11 @@ def frozen_bytes(
 KEPT = {2: (2.7, 4.5), 4: (4.5, 3.8)}  # by bytes of a weight; 16-bit training keeps 32-bit norms and softmax, too
 
 
+def _width(set_, device):
+    "Bytes of a number in a training's products."
+    return device["half"] if set_.get("method") == "full" else device.get("adapters", device["half"])
+
+
 def activation_bytes(
     set_: dict,  # settings of a training stage
     size: dict,  # from `sizes`
@@ -191,7 +196,7 @@ def activation_bytes(
 ):
     """Bytes of activations: `kept` until the backward pass, and of one `layer` that gradient checkpointing computes
     again (0 without it). Experts that are no linear layers have no part in them."""
-    cpu, half = device["kind"] == "cpu", device["half"]
+    cpu, half = device["kind"] == "cpu", _width(set_, device)
     rows, n = set_.get("batch", 1), set_["length"]
     linear, product = KEPT[half]
     kept = linear * rows * n * sum(inputs + outputs for inputs, outputs in size["matrices"])
@@ -215,7 +220,7 @@ def memory_parts(
     device: dict = GPU,  # from `this_device`
 ):
     "Bytes by part that training holds at its peak."
-    half, method = device["half"], set_["method"]
+    half, method = _width(set_, device), set_["method"]
     full, quantized = method == "full", method == "qlora"
     trained = trained_parameters(set_, size)
     gradients, optimizer, stepping = _optimizer_bytes(set_, size, device, trained)
@@ -231,7 +236,7 @@ def memory_parts(
     else:
         passing = {"gradients": gradients, **_passing(activations, logits, stepping)}
     return {
-        "weights": half * trained if full else _frozen(size, device, quantized) + 4 * trained,
+        "weights": half * trained if full else _frozen(size, device, half, quantized) + 4 * trained,
         "masters and moments": optimizer,
         **passing,
         **({"copies of the embedding": copied} if copied else {}),
@@ -252,10 +257,10 @@ def _optimizer_bytes(set_, size, device, trained):
     return gradients, 12 * trained, 4 * min(trained, max(STEPPED, largest))
 
 
-def _frozen(size, device, quantized):
+def _frozen(size, device, half, quantized):
     "Bytes of frozen weights; a CPU keeps the 32-bit original of LoRA's beside the 16-bit copy that it computes with."
-    twice = device["kind"] == "cpu" and device["half"] == 2 and not quantized
-    return frozen_bytes(size, 6 if twice else device["half"], NF4_BITS if quantized else None)
+    twice = device["kind"] == "cpu" and half == 2 and not quantized
+    return frozen_bytes(size, 6 if twice else half, NF4_BITS if quantized else None)
 
 
 def _accumulates(set_):
@@ -316,15 +321,16 @@ def _less_memory(set_):
 
 # %% ../../nbs/63_run.plan.ipynb #621a6043
 def this_device():
-    """The device that training will use: dict of kind ("cpu" or "cuda"), free (bytes of memory) and half (bytes of a
-    weight while it is trained: 2, or 4 where the device does not compute in bfloat16)."""
+    """The device that training will use: dict of kind ("cpu" or "cuda"), free (bytes of memory), half (bytes of a
+    weight while it is trained: 2, or 4 where the device does not compute in bfloat16) and adapters (the same beside an
+    adapter, which may compute in float16)."""
     import psutil
     import torch
 
     kind = default_device()
     on_gpu = kind == "cuda"
     free = torch.cuda.mem_get_info()[0] if on_gpu else min(psutil.virtual_memory().available, _container_memory())
-    return dict(kind=kind, free=free, half=half_dtype(kind).itemsize)
+    return dict(kind=kind, free=free, half=half_dtype(kind).itemsize, adapters=adapter_dtype(kind).itemsize)
 
 
 def _container_memory(

@@ -21,7 +21,7 @@ from .trainers import published, tokens_per_second
 
 # %% ../../nbs/66_run.planner.ipynb #d95a230d
 CARDS = {24: ("RTX 4090", 450), 48: ("RTX A6000", 300), 80: ("A100 80GB", 400)}  # watts by NVIDIA's data sheets
-USUAL = (8, 12, 16, 24, 48, 80)  # GB of the cards that are looked at
+USUAL = (8, 12, 16, 24, 32, 40, 48, 80)  # GB of the cards that are looked at
 
 
 def read_cards(
@@ -216,13 +216,11 @@ def large_models():
         four, half = gguf_bytes(size, "q4_0"), gguf_bytes(size, "f16")
         need, tuned = smallest_need(size, "qlora"), smallest_need(size, "full")
         card, served = smallest_card(need), smallest_card(four + cache_bytes(size, 4096))
-        trains = (
-            f"of the usual cards one of {card} GB" if card else f"none of the usual cards, not even {USUAL[-1]} GB,"
-        )
+        trains = f"fits a card of {card} GB" if card else f"fits none of the usual cards, not even {USUAL[-1]} GB"
         serves = f"a card of {served} GB" if served else "no single card"
         said.append(
             f"{name} ({size['parameters'] / 1e9:.0f}B): its weights take {half / GB:,.0f} GB in 16 bits and "
-            f"{four / GB:,.0f} GB in 4 bits. QLoRA holds {need / GB:,.0f} GB, which {trains} trains; full tuning "
+            f"{four / GB:,.0f} GB in 4 bits. QLoRA holds {need / GB:,.0f} GB and {trains}; full tuning holds "
             f"{tuned / GB:,.0f} GB. Served in 4 bits to one user it needs {serves}."
         )
     return said

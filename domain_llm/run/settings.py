@@ -210,7 +210,7 @@ _TRAINING = dict(
         "full trains all weights; lora an adapter on every linear layer; qlora the same beside weights of 4 bits. "
         "Left out, a model of a billion parameters or more takes lora, or qlora where that does not fit on the GPU.",
     ),
-    learning_rate=(AboveZero, "Peak of the learning rate; lora and qlora want about ten times that of full."),
+    learning_rate=(AboveZero, "Peak of the learning rate; lora and qlora want five to ten times that of full."),
     tokens_per_step=(Whole, "Tokens in one optimizer step."),
     length=(Whole, "Tokens in one packed row; longer conversations are left out."),
     batch=(Whole, "Packed rows in one forward pass; it divides the rows of a step, tokens_per_step by length."),

@@ -19,6 +19,7 @@ from ..models import quiet
 from ..ranks import once, world
 from .batches import collate, documents_apart, labelled, pack
 from .checkpoints import bar, last_checkpoint, own_checkpoints
+from .float16 import compute_dtype, without_autocast
 from .shares import divided, gathered, passes, refuse_sharded, sharded, shared_rows
 from .trainer import trainer_class
 
@@ -49,8 +50,7 @@ def half_precision(
 # %% ../../nbs/41_train.loop.ipynb #d796cbac
 @contextmanager
 def keep_memory():
-    """Inside the block glibc keeps freed memory for the next step instead of returning it to the system; does
-    nothing elsewhere."""
+    "Inside the block glibc keeps freed memory for the next step; with another C library nothing changes."
     import ctypes
 
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
@@ -158,14 +158,20 @@ def _parts(pairs, most):
     return parts
 
 # %% ../../nbs/41_train.loop.ipynb #08ee1c10
-def _optimizer(cfg, device):
-    "Class and arguments of the optimizer. Raises InputError where the device cannot run it."
-    rate = dict(lr=cfg["learning_rate"])
+def _optimizer(cfg, model):
+    "Class and arguments of the optimizer. Raises InputError where the model's device cannot run it."
+    import torch
+
+    kind, rate = model.device.type, dict(lr=cfg["learning_rate"])
     if cfg["optimizer"] == "adamw":
-        part = None if device.type == "cpu" else 2**27  # half a GB in 32 bits
+        if (
+            compute_dtype(model) == torch.float16
+        ):  # the scaler reads gradients beside the weights, and skips whole steps
+            return torch.optim.AdamW, rate
+        part = None if kind == "cpu" else 2**27  # half a GB in 32 bits
         return _optimizer_class(part), dict(rate, fused=True)
-    if device.type != "cuda":
-        said = f"optimizer: adamw8bit runs on an NVIDIA GPU, and this training is on the device '{device.type}'"
+    if kind != "cuda":
+        said = f"optimizer: adamw8bit runs on an NVIDIA GPU, and this training is on the device '{kind}'"
         raise InputError(f"{said}. Write optimizer: adamw.")
     if find_spec("bitsandbytes") is None:
         raise InputError("optimizer: adamw8bit needs the package bitsandbytes: pip install bitsandbytes.")
@@ -176,7 +182,7 @@ def _optimizer(cfg, device):
 # %% ../../nbs/41_train.loop.ipynb #88b03d8f
 TRAIN_DEFAULTS = dict(
     method="full",  # full (all weights), lora (adapters on linear layers) or qlora (lora beside weights of 4 bits)
-    learning_rate=2e-4,  # peak; LoRA wants about ten times that of full tuning
+    learning_rate=2e-4,  # peak; LoRA wants five to ten times that of full tuning
     tokens_per_step=256,  # tokens in one optimizer step
     length=256,  # tokens in one packed row
     batch=1,  # packed rows in one forward pass; a step of more rows accumulates its gradients
@@ -250,12 +256,15 @@ def _one_device(args):
 
 def _packed(rows, given, length, path):
     "Packed rows with a label on at least one token, in a file at `path`, and the source names."
+    nothing = InputError(f"there is nothing to train on: none of the {given} rows has a label after its first token.")
+    if not len(rows):
+        raise nothing
     once(path.unlink, True)  # it may be of other rows
     with quiet():
         packed, names = pack(rows, length, path=path)
         data = packed.select(labelled(packed))
     if not len(data):
-        raise InputError(f"there is nothing to train on: none of the {given} rows has a label after its first token.")
+        raise nothing
     return data, names
 
 # %% ../../nbs/41_train.loop.ipynb #7161a043
@@ -274,7 +283,7 @@ def _arguments(model, out, cfg, seed, steps, passed, probed):
     from transformers import TrainingArguments
 
     cpu = model.device.type == "cpu"
-    autocast = hasattr(model, "peft_config") and half_dtype(model.device) == torch.bfloat16
+    autocast = compute_dtype(model) if hasattr(model, "peft_config") else None
     return TrainingArguments(
         output_dir=str(out),
         per_device_train_batch_size=passed["batch"],
@@ -286,7 +295,8 @@ def _arguments(model, out, cfg, seed, steps, passed, probed):
         warmup_steps=round(cfg["warmup"] * steps),
         weight_decay=cfg["weight_decay"],
         max_grad_norm=1.0,
-        bf16=autocast,
+        bf16=autocast == torch.bfloat16,
+        fp16=autocast == torch.float16,  # with a scaled loss
         use_cpu=cpu,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
@@ -322,7 +332,7 @@ def _trainer(model, args, data, names, cfg, marks, probe, keep):
         probe=probe,
         sources=names,
         keep=keep,
-        optimizer_cls_and_kwargs=_optimizer(cfg, model.device),
+        optimizer_cls_and_kwargs=_optimizer(cfg, model),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(bar(marks, bool(probe)))
@@ -344,14 +354,6 @@ def _history(logged, start):
         if "train_runtime" not in entry:
             entries.append({k.replace("eval_", ""): v for k, v in entry.items()})
     return entries
-
-
-def _ready(model):
-    "Make a trained model ready for use, without the 16-bit autocast that accelerate left around its forward pass."
-    from accelerate.utils import extract_model_from_parallel
-
-    extract_model_from_parallel(model, keep_fp32_wrapper=False)
-    model.eval()
 
 # %% ../../nbs/41_train.loop.ipynb #4c8b674f
 @memory_advice("training")
@@ -386,7 +388,7 @@ def train(
         with half_precision(model), documents_apart(model), checkpointing(model, cfg["gradient_checkpointing"] is True):
             trainer = _trainer(model, args, data, names, cfg, marks, probe, keep)
             trainer.train(resume_from_checkpoint=str(once(last_checkpoint, out) or "") or None)
-        _ready(model)
+        without_autocast(model).eval()
         logged, best = trainer.state.log_history, trainer.state.best_global_step
         del trainer, data
         gc.collect()  # the optimizer's memory goes back to the system as the block ends

@@ -8,8 +8,8 @@ __all__ = ['excerpts', 'probe_texts', 'probe_texts_in', 'make_probe', 'interpola
 # %% ../../nbs/42_train.pretrain.ipynb #5f93b990
 from ..core import iter_jsonl
 from ..data.rows import as_dataset, chosen, remove_file
-from ..devices import half_dtype
 from ..judge.score import bits_per_byte
+from .float16 import compute_dtype
 
 # %% ../../nbs/42_train.pretrain.ipynb #587b3d44
 _EXCERPT = 800  # bytes of an excerpt, about 200 tokens; longer where documents are few
@@ -93,7 +93,7 @@ def make_probe(
     state = {"reference": reference}
 
     def probe(model):
-        dtype = half_dtype(model.device)
+        dtype = compute_dtype(model)
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):  # as in training
             d, g = (bits_per_byte(model, tok, docs)["bpb"] for docs in (domain, general))
         state["reference"] = state["reference"] or g

@@ -7,7 +7,7 @@ __all__ = ['LARGE', 'load_for', 'adapted']
 
 # %% ../../nbs/43_train.qlora.ipynb #e6b6c851
 from ..core import InputError
-from ..devices import default_device, half_dtype
+from ..devices import adapter_dtype, default_device
 from ..models import load
 from .loop import add_lora
 
@@ -22,14 +22,18 @@ def load_for(
     **given,  # more for `models.load`
 ):
     """`(model, tokenizer)` to train by a method: for qlora the linear layers in NF4 with double quantization, all the
-    rest in `half_dtype`, as the products are. Raises InputError as `models.load` does."""
+    rest in `adapter_dtype`, as the products are. Raises InputError as `models.load` does."""
+    import torch
+
+    dtype = adapter_dtype(default_device())
+    if method == "lora" and dtype == torch.float16:
+        given["dtype"] = dtype  # frozen weights are in the dtype in which they multiply
     if method != "qlora":
         return load(name, trust_remote_code=trust_remote_code, **given)
-    dtype = half_dtype(default_device())
     model, tok = load(name, dtype=dtype, quantize="nf4", trust_remote_code=trust_remote_code)
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False  # a layout for answers, through which no gradient would flow
+            layer.support_avx512bf16_for_cpu = False  # bitsandbytes' kernel for answers on a CPU has no backward pass
     return model, tok
 
 # %% ../../nbs/43_train.qlora.ipynb #734e9f46

@@ -13,6 +13,7 @@ import zlib
 from array import array
 
 from ..core import InputError
+from ..devices import adapter_dtype, default_device
 from ..ranks import agree, rank, world
 
 # %% ../../nbs/94_train.shares.ipynb #17123855
@@ -95,10 +96,17 @@ def refuse_sharded(
     cfg: dict,  # settings, as in `loop.TRAIN_DEFAULTS`
 ):
     "Raise InputError for settings that do not go with divided weights."
+    import torch
+
     for name, value in (("method", "qlora"), ("optimizer", "adamw8bit")):
         if cfg[name] == value:
             said = f"{name}: {value} does not go with divided weights (FSDP)"
             raise InputError(f"{said}. Launch with ddp.yaml, or write another {name}.")
+    if cfg["method"] == "lora" and adapter_dtype(default_device()) == torch.float16:
+        said = (
+            "beside an adapter these GPUs compute in float16, whose scaled loss does not go with divided weights (FSDP)"
+        )
+        raise InputError(f"{said}. Launch with ddp.yaml.")
 
 # %% ../../nbs/94_train.shares.ipynb #ef05f5d1
 def double(

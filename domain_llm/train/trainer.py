@@ -11,6 +11,7 @@ from pathlib import Path
 from ..core import atomic_dir, write_json
 from ..ranks import once, total, world
 from .batches import token_losses
+from .float16 import skipped_steps
 from .shares import double, empty, fill, sharded
 
 # %% ../../nbs/94_train.trainer.ipynb #f4af53a7
@@ -28,6 +29,8 @@ def trainer_class():
             self.model_accepts_loss_kwargs = True  # our loss is already divided by the tokens of the whole step
             self.probe, self.sources, self.keep = probe, sources, keep
             self.sums = torch.zeros(2, len(sources), dtype=torch.float64, device=self.args.device)  # losses, tokens
+            if self.args.fp16:
+                self.add_callback(skipped_steps(self.accelerator))
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             losses, at = token_losses(model, inputs)
