@@ -1,8 +1,8 @@
 """Time and memory of building a corpus, for several sizes; recorded in nbs/results/scale.json.
 
-    python tools/record_scale.py [--megabytes 1 10 100 1000]
+    python tools/record_scale.py [--megabytes 1 10 100 1000 5000]
 
-Each size is a process of its own. The documents are those of bench_dedup.py, in files of 10,000, with edited copies:
+Each size is a process of its own, and sizes that are not named stay as they were recorded. The documents are those of bench_dedup.py, in files of 10,000, with edited copies:
 one in twenty repeats another one and has to go, one in twenty is edited heavily and has to stay. One in a thousand
 holds a question of an exam. `grew_mb` is the largest growth of anonymous memory, which the system cannot take back,
 over that of the program before it reads; `disk_mb` the most that the build has in the system's temporary folder.
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import date
 from pathlib import Path
 
 from bench_dedup import COPIES, corpus
@@ -24,7 +25,7 @@ from domain_llm.core import write_jsonl
 from domain_llm.data.corpus import build_corpus
 from domain_llm.demo.world import make_world
 from domain_llm.devices import file_lines
-from domain_llm.results import save_result
+from domain_llm.results import load_result, save_result
 
 PART = 10_000  # documents of a file
 DOCUMENT = 1200  # bytes, about
@@ -87,7 +88,8 @@ def measure(megabytes):
         watching.join()
     figures = dict(documents=documents, megabytes=report["steps"][0]["bytes"] / 1e6, seconds=seconds)
     figures |= dict(steps=report["seconds"], grew_mb=most["memory"] - base, disk_mb=most["disk"])
-    print(json.dumps(figures | dict(repeated=repeated, dropped=report["dropped"])))
+    figures |= dict(repeated=repeated, dropped=report["dropped"])
+    print(json.dumps(dict(figures, recorded=date.today().isoformat())))
 
 
 def each_alone(sizes):
@@ -101,14 +103,23 @@ def each_alone(sizes):
     return found
 
 
+def with_recorded(found):
+    "The figures with those of other numbers of documents that were recorded before, the smallest first."
+    new = {size["documents"] for size in found}
+    kept = [size for size in load_result("scale")["sizes"] if size["documents"] not in new]
+    return sorted(kept + found, key=lambda size: size["documents"])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[1, 10, 100, 1000], metavar="N", help="of text")
+    parser.add_argument(
+        "--megabytes", type=int, nargs="+", default=[1, 10, 100, 1000, 5000], metavar="N", help="of text"
+    )
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     given, started = parser.parse_args(), time.time()
     if given.one:
         return measure(given.one)
-    print(save_result("scale", dict(sizes=each_alone(given.megabytes)), started))
+    print(save_result("scale", dict(sizes=with_recorded(each_alone(given.megabytes))), started))
 
 
 if __name__ == "__main__":
