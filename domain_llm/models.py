@@ -12,6 +12,7 @@ from pathlib import Path
 from .core import InputError, atomic_dir, cache_dir, nearest, read_json
 from .devices import default_device, half_dtype, memory_advice, out_of_memory
 from .model_errors import inside, is_hub_id, load_failed, missing_files, no_folder, tokenizer_failed
+from .placing import placed
 from .small_world import SMALL_WORLDS, small_world_folder
 
 # %% ../nbs/10_models.ipynb #b1f87f11
@@ -238,6 +239,7 @@ def load(
     device=None,  # "cpu", "cuda", "mps", ...; `default_device` when not given; "meta": shapes, no weights
     quantize: str = None,  # "nf4" or "int8": bitsandbytes weights of 4 or 8 bits
     trust_remote_code: bool = False,  # run code that comes with the model
+    divided: bool = False,  # where a GPU is too small, leave a part in main memory: to measure and to answer
 ):
     """Load `(model, tokenizer)`, in evaluation mode, a LoRA adapter merged into its base. Raises InputError on
     wrong names or files and when memory runs out."""
@@ -258,7 +260,7 @@ def load(
             raise InputError(f"{said}: they do not belong together.")
         if is_adapter(resolve(name)):
             _stop_at_end(model, tok)
-        return (model if quantize else model.to(device)).eval(), tok
+        return (model if quantize else placed(model, device) if divided else model.to(device)).eval(), tok
 
 
 def _stop_at_end(model, tok):

@@ -1,7 +1,9 @@
 "Training in float16 beside an adapter, as on a T4: accelerate scales the loss on GPUs only, so a CPU is made to."
 
 import shutil
+import time
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -106,43 +108,89 @@ def test_the_loss_is_scaled_so_that_small_gradients_survive(as_a_t4, tiny_folder
     assert max(seen.values()) > 50, "the gradients that the backward pass hands on are those of the scaled loss"
 
 
-def test_a_training_that_was_cut_ends_as_the_uncut_one(as_a_t4, tiny_folder, tmp_path):
-    class Cut(Exception):
-        pass
+class Cut(Exception):
+    pass
 
-    rows, calls = rows_of(24), []
+
+def falling(cut_at=None):
+    "A probe by which the last step is the best one; it breaks off at a call."
+    calls = []
 
     def probe(model):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == cut_at:
             raise Cut
-        return dict(score=1.0)
+        return dict(score=-time.monotonic())
 
+    return probe
+
+
+def ends(folder, out, probe):
+    "The adapter after a training of four probes, resumed where it was cut."
+    torch.manual_seed(1)
     cfg = {**CFG, "probes": 4}
+    model = adapted(load_for("lora", str(folder))[0], cfg)
+    train(model, 8 * rows_of(3), out, cfg, probe)
+    return torch.cat([p.detach().flatten().float() for p in model.parameters() if p.requires_grad])
 
-    def ends(out, probe):
-        torch.manual_seed(1)
-        model = adapted(load_for("lora", str(tiny_folder))[0], cfg)
-        train(model, rows, out, cfg, probe)
-        return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
-    whole = ends(tmp_path / "whole", lambda model: dict(score=1.0))
+def test_a_training_that_was_cut_ends_as_the_uncut_one(as_a_t4, monkeypatch, tiny_folder, tmp_path):
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**20))  # skips some steps
+    whole = ends(tiny_folder, tmp_path / "whole", falling())
     with pytest.raises(Cut):
-        ends(tmp_path / "cut", probe)
-    kept = sorted(path.name for path in (tmp_path / "cut").glob("checkpoint-*"))
-    assert kept and (tmp_path / "cut" / kept[-1] / "scaler.pt").exists()
-    assert torch.equal(ends(tmp_path / "cut", lambda model: dict(score=1.0)), whole)
+        ends(tiny_folder, tmp_path / "cut", falling(cut_at=4))
+    scalers = sorted((tmp_path / "cut").glob("checkpoint-*/scaler.pt"))
+    assert torch.load(scalers[-1])["scale"] < 2.0**20
+    assert torch.equal(ends(tiny_folder, tmp_path / "cut", falling()), whole)
 
 
-def test_a_model_too_large_for_float16_says_so(as_a_t4, tiny_folder, tmp_path):
+def test_a_training_cut_on_a_t4_resumes_where_there_is_bfloat16(as_a_t4, monkeypatch, tiny_folder, tmp_path):
+    with pytest.raises(Cut):
+        ends(tiny_folder, tmp_path / "cut", falling(cut_at=4))
+    for module in (float16, qlora):
+        monkeypatch.setattr(module, "adapter_dtype", lambda device: torch.float32)
+    whole = ends(tiny_folder, tmp_path / "whole", falling())
+    resumed = ends(tiny_folder, tmp_path / "cut", falling())
+    assert not torch.equal(resumed, whole)
+    assert (resumed - whole).abs().mean() < 0.01 * whole.abs().mean()
+
+
+def test_a_training_cut_elsewhere_resumes_on_a_t4(as_a_t4, monkeypatch, tiny_folder, tmp_path):
+    with monkeypatch.context() as elsewhere:
+        for module in (float16, qlora):
+            elsewhere.setattr(module, "adapter_dtype", lambda device: torch.float32)
+        whole = ends(tiny_folder, tmp_path / "whole", falling())
+        with pytest.raises(Cut):
+            ends(tiny_folder, tmp_path / "cut", falling(cut_at=4))
+    resumed = ends(tiny_folder, tmp_path / "cut", falling())
+    assert (resumed - whole).abs().mean() < 0.01 * whole.abs().mean()
+
+
+@pytest.fixture
+def large(tiny_folder, tmp_path):
+    "A model whose activations float16 does not hold."
     folder = tmp_path / "large"
     shutil.copytree(tiny_folder, folder)
     model = load(str(folder))[0]
     with torch.no_grad():
         model.model.norm.weight.mul_(1e6)
     model.save_pretrained(folder)
-    with pytest.raises(InputError, match=f"{HALVINGS} steps in a row were skipped.*bfloat16"):
-        trained(folder, "lora", tmp_path / "out", rows_of(100))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "rows, said", [(100, f"{HALVINGS} steps in a row were skipped"), (8, "all . steps were skipped")]
+)
+def test_a_model_too_large_for_float16_says_so(as_a_t4, large, tmp_path, rows, said):
+    with pytest.raises(InputError, match=f"{said}.*bfloat16"):
+        trained(large, "lora", tmp_path / "out", rows_of(rows))
+
+
+def test_a_model_too_large_for_float16_is_seen_by_the_first_probe(as_a_t4, large, tmp_path):
+    model, tok = load_for("lora", str(large))
+    texts = [dict(id="a", text="One text of some words. " * 8)]
+    with pytest.raises(InputError, match="before training gave no number"):
+        train(adapted(model, CFG), rows_of(8), tmp_path / "out", CFG, make_probe(tok, texts, texts))
 
 
 def test_skipped_steps_are_counted_and_said(capsys):

@@ -2,11 +2,11 @@
 
     python tools/record_scale.py [--megabytes 1 10 100 1000 5000]
 
-Each size is a process of its own, and sizes that are not named stay as they were recorded. The documents are those of bench_dedup.py, in files of 10,000, with edited copies:
-one in twenty repeats another one and has to go, one in twenty is edited heavily and has to stay. One in a thousand
-holds a question of an exam. `grew_mb` is the largest growth of anonymous memory, which the system cannot take back,
-over that of the program before it reads; `disk_mb` the most that the build has in the system's temporary folder.
-Linux only.
+Each size is a process of its own, and sizes that are not named stay as they were recorded. The documents are those of
+bench_dedup.py, in files of 10,000, with edited copies: one in twenty repeats another one and has to go, one in twenty
+is edited heavily and has to stay. One in a thousand holds a question of an exam. `grew_mb` is the largest growth of
+anonymous memory, which the system cannot take back, over that of the program before it reads; `disk_mb` the most that
+the build has in the system's temporary folder. Linux only.
 """
 
 import argparse

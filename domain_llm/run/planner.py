@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CARDS', 'USUAL', 'METHODS', 'LENGTHS', 'STEP', 'RANK', 'LAUNCHES', 'FORMATS', 'LARGE', 'read_cards', 'candidates',
-           'chosen', 'launch_file', 'divided_parts', 'cache_bytes', 'smallest_card', 'deployment', 'speed', 'watts_of',
-           'smallest_need', 'largest', 'large_models']
+           'chosen', 'measured_in_parts', 'launch_file', 'divided_parts', 'cache_bytes', 'smallest_card', 'deployment',
+           'speed', 'watts_of', 'smallest_need', 'largest', 'large_models']
 
 # %% ../../nbs/66_run.planner.ipynb #7d4e4fc4
 import math
@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 
 from ..core import InputError
+from ..placing import FILLED
 from .families import families, family_size, known_model
 from .plan import GB, GPU, USABLE, gguf_bytes, memory_parts
 from .trainers import published, tokens_per_second
@@ -80,6 +81,20 @@ def chosen(
     passed = best["cards"] * best["batch"] * best["length"]
     accumulation = math.ceil(STEP / passed)
     return {**best, "accumulation": accumulation, "tokens_per_step": accumulation * passed}
+
+# %% ../../nbs/66_run.planner.ipynb #exampar2
+def measured_in_parts(
+    size: dict,  # from `sizes`
+    device: dict = GPU,  # as from `plan.this_device`
+):
+    "A sentence where a GPU cannot hold the weights with which a run measures, else None."
+    need, room = device["half"] * size["parameters"], FILLED * device.get("free", math.inf)
+    if device["kind"] != "cuda" or need <= room:
+        return None
+    return (
+        f"a run measures the model before and after with all weights in {8 * device['half']} bits, {need / GB:.1f} GB; "
+        f"the GPU takes {room / GB:.1f} GB of them and main memory the rest, which makes these stages slow"
+    )
 
 # %% ../../nbs/66_run.planner.ipynb #110ed4cb
 LAUNCHES = ("ddp", "fsdp2")  # files in assets/accelerate, in the order in which they are wanted

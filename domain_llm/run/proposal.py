@@ -23,6 +23,7 @@ from domain_llm.run.planner import (
     deployment,
     large_models,
     largest,
+    measured_in_parts,
     smallest_need,
     speed,
     watts_of,
@@ -89,6 +90,7 @@ def proposal(
         _model_line(asked, size),
         *_start_lines(advice, models),
         *_method_lines(asked, size, device, choice, found),
+        *_exam_lines(size, device),
         *_mix_lines(mix),
         *_deployment_lines(asked, served),
         *_time_lines(time),
@@ -203,6 +205,13 @@ def _step_line(choice):
     return line("step", said, why, "domain_llm (nbs/41_train.loop.ipynb)")
 
 # %% ../../nbs/97_run.proposal.ipynb #1222c5c6
+def _exam_lines(size, device):
+    "What a run measures with, where the GPU cannot hold it."
+    said = measured_in_parts(size, device)
+    why = "rounded weights would be another model, and the exam is to show what training changed"
+    return [line("exam", said, why, "domain_llm (nbs/91_placing.ipynb)")] if said else []
+
+
 def _mix_lines(mix):
     "How much general text."
     if mix is None:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from ..core import InputError, nearest, read_json, write_json
 from ..data.rows import chosen, lengths
-from ..devices import half_dtype, memory_advice, trim_memory
+from ..devices import memory_advice, trim_memory
 from ..models import quiet
 from ..ranks import once, world
 from .batches import collate, documents_apart, labelled, pack
 from .checkpoints import bar, last_checkpoint, own_checkpoints
-from .float16 import compute_dtype, without_autocast
+from .float16 import compute_dtype, finite, without_autocast
 from .shares import divided, gathered, passes, refuse_sharded, sharded, shared_rows
 from .trainer import trainer_class
 
@@ -28,12 +28,12 @@ from .trainer import trainer_class
 def half_precision(
     model,  # changed in place
 ):
-    """Inside the block 32-bit weights are in `half_dtype`, but for those of an adapter. Afterwards frozen weights
+    """Inside the block 32-bit weights are in `compute_dtype`, but for those of an adapter. Afterwards frozen weights
     are as before, trained ones 32-bit again."""
     import torch
 
     adapters = hasattr(model, "peft_config")
-    dtype = half_dtype(model.device)
+    dtype = compute_dtype(model)
     turned = []
     for p in model.parameters():
         of_adapter = adapters and p.requires_grad
@@ -109,16 +109,18 @@ class _Masters:
     def load_state_dict(self, saved):
         import torch
 
-        if "masters" not in saved:
+        if "masters" not in saved and not saved["state"]:
             return super().load_state_dict(saved)
+        own = [dict(fused=group["fused"], foreach=group["foreach"]) for group in self.param_groups]
         with torch.no_grad():
-            for m, w, s in zip(self.masters(), self.weights, saved["masters"]):
-                m.copy_(divided(s, m))
+            for n, (m, w) in enumerate(zip(self.masters(), self.weights)):
+                m.copy_(divided(saved["masters"][n], m) if "masters" in saved else w)  # a T4 saves no copies
                 w.copy_(m)
         states = {}
         for n, state in saved["state"].items():
             states[n] = {name: divided(value, self.masters()[n]) for name, value in state.items()}
-        super().load_state_dict(dict(state=states, param_groups=saved["param_groups"]))
+        groups = [{**group, **mine} for group, mine in zip(saved["param_groups"], own)]
+        super().load_state_dict(dict(state=states, param_groups=groups))
 
 # %% ../../nbs/41_train.loop.ipynb #3b025fd7
 def _optimizer_class(part=None):
@@ -344,7 +346,7 @@ def _trainer(model, args, data, names, cfg, marks, probe, keep):
 def _measure_start(start, probe, model):
     "Write what the probes say before the first step, unless an earlier call did."
     if not start.exists():
-        write_json(start, {"step": 0, **probe(model)})
+        write_json(start, {"step": 0, **finite(model, probe(model))})
 
 
 def _history(logged, start):

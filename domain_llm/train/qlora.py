@@ -25,9 +25,9 @@ def load_for(
     rest in `adapter_dtype`, as the products are. Raises InputError as `models.load` does."""
     import torch
 
-    dtype = adapter_dtype(default_device())
+    dtype = adapter_dtype(given.get("device") or default_device())
     if method == "lora" and dtype == torch.float16:
-        given["dtype"] = dtype  # frozen weights are in the dtype in which they multiply
+        given.setdefault("dtype", dtype)  # frozen weights are in the dtype in which they multiply
     if method != "qlora":
         return load(name, trust_remote_code=trust_remote_code, **given)
     model, tok = load(name, dtype=dtype, quantize="nf4", trust_remote_code=trust_remote_code)

@@ -65,6 +65,10 @@ def trainer_class():
                     self.entire.save_pretrained(tmp)
             return self.probe(self.entire)
 
+        def _load_scaler(self, folder):
+            if self.accelerator.scaler is not None:  # a training that began in float16 may resume on another device
+                super()._load_scaler(folder)
+
         def _save_rng_state(self, folder):
             if self.args.should_save:  # of several processes one writes, so that none changes what it has sealed
                 super()._save_rng_state(folder)
