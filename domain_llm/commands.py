@@ -213,7 +213,7 @@ def _span(r, form):
 
 def _measured(name, rows, docs, trust_remote_code):
     "Multiple choice and bits per byte of one model, which is let go again."
-    model, tok = load(str(final_model(name) or name), trust_remote_code=trust_remote_code, divided=True)
+    model, tok = load(str(final_model(name) or name), trust_remote_code=trust_remote_code, in_parts=True)
     m, b = multiple_choice(model, tok, rows), bits_per_byte(model, tok, excerpts(docs, 8000))
     knows = f"{_span(m, '.1%')}, {m['n']} questions, chance {m['chance']:.1%}"
     print(f"{name}\n  multiple choice  {m['accuracy']:.1%}  ({knows})")

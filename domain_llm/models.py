@@ -12,7 +12,7 @@ from pathlib import Path
 from .core import InputError, atomic_dir, cache_dir, nearest, read_json
 from .devices import default_device, half_dtype, memory_advice, out_of_memory
 from .model_errors import inside, is_hub_id, load_failed, missing_files, no_folder, tokenizer_failed
-from .placing import placed
+from .placing import make_room, placed
 from .small_world import SMALL_WORLDS, small_world_folder
 
 # %% ../nbs/10_models.ipynb #b1f87f11
@@ -71,9 +71,7 @@ def resolve(
             "that holds config.json and *.safetensors."
         )
     if path.exists():
-        raise InputError(
-            f"{name} is a file, not a model folder. Name the folder that holds config.json and *.safetensors."
-        )
+        raise InputError(f"{name} is a file, not a model folder. Name the folder with config.json and *.safetensors.")
     if not is_hub_id(name):
         raise InputError(
             f"no model '{name}'{nearest(name, [DEMO_MODEL, *SMALL_WORLDS])}:{no_folder(path)} give a folder that "
@@ -239,13 +237,14 @@ def load(
     device=None,  # "cpu", "cuda", "mps", ...; `default_device` when not given; "meta": shapes, no weights
     quantize: str = None,  # "nf4" or "int8": bitsandbytes weights of 4 or 8 bits
     trust_remote_code: bool = False,  # run code that comes with the model
-    divided: bool = False,  # where a GPU is too small, leave a part in main memory: to measure and to answer
+    in_parts: bool = False,  # where a GPU is too small, leave layers in main memory: to measure and to answer
 ):
     """Load `(model, tokenizer)`, in evaluation mode, a LoRA adapter merged into its base. Raises InputError on
     wrong names or files and when memory runs out."""
     import torch
 
     device = device or default_device()
+    make_room(device)
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else half_dtype(device))
     kw = dict(device_map=device) if quantize or str(device) == "meta" else {}
     kw |= dict(quantization_config=_bnb(quantize, dtype)) if quantize else {}
@@ -260,7 +259,9 @@ def load(
             raise InputError(f"{said}: they do not belong together.")
         if is_adapter(resolve(name)):
             _stop_at_end(model, tok)
-        return (model if quantize else placed(model, device) if divided else model.to(device)).eval(), tok
+        if not quantize:
+            model = placed(model, device) if in_parts else model.to(device)
+        return model.eval(), tok
 
 
 def _stop_at_end(model, tok):

@@ -25,7 +25,7 @@ from domain_llm.core import write_jsonl
 from domain_llm.data.corpus import build_corpus
 from domain_llm.demo.world import make_world
 from domain_llm.devices import file_lines
-from domain_llm.results import load_result, save_result
+from domain_llm.results import load_result, results_dir, save_result
 
 PART = 10_000  # documents of a file
 DOCUMENT = 1200  # bytes, about
@@ -103,11 +103,17 @@ def each_alone(sizes):
     return found
 
 
-def with_recorded(found):
-    "The figures with those of other numbers of documents that were recorded before, the smallest first."
-    new = {size["documents"] for size in found}
-    kept = [size for size in load_result("scale")["sizes"] if size["documents"] not in new]
-    return sorted(kept + found, key=lambda size: size["documents"])
+def recorded():
+    "The figures recorded before, each with its date; none where there is no record."
+    if not (results_dir() / "scale.json").exists():
+        return []
+    found = load_result("scale")
+    return [dict(recorded=found["provenance"]["date"]) | size for size in found["sizes"]]
+
+
+def together(old, new):
+    "The figures of both, the smallest first; of a size that is in both the new ones."
+    return sorted(({size["documents"]: size for size in [*old, *new]}).values(), key=lambda size: size["documents"])
 
 
 def main():
@@ -119,7 +125,8 @@ def main():
     given, started = parser.parse_args(), time.time()
     if given.one:
         return measure(given.one)
-    print(save_result("scale", dict(sizes=with_recorded(each_alone(given.megabytes))), started))
+    old = recorded()
+    print(save_result("scale", dict(sizes=together(old, each_alone(given.megabytes))), started))
 
 
 if __name__ == "__main__":

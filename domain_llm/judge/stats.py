@@ -89,7 +89,7 @@ def _cells(
     d,  # differences [seeds, items]
     groups,  # label of each item
 ):
-    "Differences [seeds, groups] whose plain mean is that of the items: a larger group lies further from the mean."
+    "Differences [seeds, groups] whose plain mean is that of the items: a group's distance from it counts by its size."
     import numpy as np
 
     labels, at = np.unique([str(g) for g in groups], return_inverse=True)

@@ -105,7 +105,7 @@ def load_to_measure(
     """The model, in bfloat16 where the processor computes in it (half the memory, about twice the speed), and its
     tokenizer, or that of the recipe's chat model."""
     dtype, trust = half_dtype(default_device()), cfg["trust_remote_code"]
-    model, tok = load(name, dtype, trust_remote_code=trust, divided=True)
+    model, tok = load(name, dtype, trust_remote_code=trust, in_parts=True)
     if cfg.get("chat_model") and not of_run(name, cfg):
         tok = in_chat_format(model, cfg["chat_model"], cfg["trust_remote_code"])
     return model, tok
@@ -217,7 +217,7 @@ def quantize_stage(
     missing = write_hosting(read["model"], out, trust_remote_code=trust)
     if missing:
         print(f"note: {missing}")
-    model, tok = load(str(read["model"]), trust_remote_code=trust, divided=True)
+    model, tok = load(str(read["model"]), trust_remote_code=trust, in_parts=True)
     ask = [a["question"] for a in read_json(read["answers"])]
     checks = {kind: compare_with_original(path, model, tok, ask) for kind, path in made.items()}
     said = complete(made[types[0]], [[dict(role="user", content=q)] for q in ask], max_tokens=48)

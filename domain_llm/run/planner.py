@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CARDS', 'USUAL', 'METHODS', 'LENGTHS', 'STEP', 'RANK', 'LAUNCHES', 'FORMATS', 'LARGE', 'read_cards', 'candidates',
-           'chosen', 'measured_in_parts', 'launch_file', 'divided_parts', 'cache_bytes', 'smallest_card', 'deployment',
-           'speed', 'watts_of', 'smallest_need', 'largest', 'large_models']
+           'chosen', 'measured_in_parts', 'measuring_findings', 'launch_file', 'divided_parts', 'cache_bytes',
+           'smallest_card', 'deployment', 'speed', 'watts_of', 'smallest_need', 'largest', 'large_models']
 
 # %% ../../nbs/66_run.planner.ipynb #7d4e4fc4
 import math
@@ -17,6 +17,7 @@ from pathlib import Path
 from ..core import InputError
 from ..placing import FILLED
 from .families import families, family_size, known_model
+from .findings import note, warning
 from .plan import GB, GPU, USABLE, gguf_bytes, memory_parts
 from .trainers import published, tokens_per_second
 
@@ -93,8 +94,26 @@ def measured_in_parts(
         return None
     return (
         f"a run measures the model before and after with all weights in {8 * device['half']} bits, {need / GB:.1f} GB; "
-        f"the GPU takes {room / GB:.1f} GB of them and main memory the rest, which makes these stages slow"
+        f"the GPU takes at most {room / GB:.1f} GB of them, the rest stays in main memory, and these stages are slow"
     )
+
+
+def measuring_findings(
+    size: dict,  # from `sizes`
+    device: dict,  # as from `plan.this_device`
+    memory: float | None = None,  # bytes of main memory that are free; this machine's when not given
+):
+    "A finding where a run measures a model that the GPU cannot hold: a warning where main memory cannot either."
+    import psutil
+
+    said, need = measured_in_parts(size, device), device["half"] * size["parameters"]
+    if said is None:
+        return []
+    memory = psutil.virtual_memory().available if memory is None else memory
+    if need <= memory:
+        return [note("memory", f"{said}.")]
+    short = f"The model is read into main memory first, of which {memory / GB:.1f} GB are free"
+    return [warning("memory", f"{said}. {short}: choose a smaller model or a machine with more.")]
 
 # %% ../../nbs/66_run.planner.ipynb #110ed4cb
 LAUNCHES = ("ddp", "fsdp2")  # files in assets/accelerate, in the order in which they are wanted

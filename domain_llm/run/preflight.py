@@ -28,7 +28,7 @@ from domain_llm.run.base_model import (
 )
 from .findings import error, note, warning
 from .plan import USABLE, disk_findings, free_disk, memory_findings, rows_findings, this_device
-from .planner import measured_in_parts, smallest_need
+from .planner import measuring_findings, smallest_need
 from .recipe import model_stages, training_stages
 from .training import checkpointing_of, pieces_of
 from ..small_world import SMALL_WORLDS
@@ -364,7 +364,7 @@ def preflight_of(
     size, device = sizes_of_run(cfg, config, tok), this_device()
     found += method_findings(cfg, size, device) + disk_findings(cfg, size, free_disk(cfg["output"]), device)
     found += rows_findings(cfg, size) + memory_findings(with_checkpointing(cfg, size, device), size, device)
-    found += [note("memory", f"{said}.") for said in [measured_in_parts(size, device)] if said]
+    found += measuring_findings(size, device)
     rows = read_jsonl(out / "inputs" / "instructions" / "rows.jsonl")
     found += start_findings(cfg, len(rows), size, device)
     return found + _all_conversations(cfg, rows, tok, stops_of(cfg))

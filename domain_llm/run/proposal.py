@@ -341,7 +341,7 @@ LOOKS = {"full": ("#d84315", "o"), "lora": ("#1565c0", "s"), "qlora": ("#2e7d32"
 
 def plot_models(
     asked: dict,  # as in `proposal`
-    cards=(8, 12, 16, 24, 32, 48, 80),  # GB of the lines
+    cards=(8, 12, 16, 24, 32, 48, 80),  # GB of the lines; one at 40 would touch its neighbours
 ):
     "Memory of training against the size of a model, for each method, with the lines of the cards."
     from matplotlib.figure import Figure

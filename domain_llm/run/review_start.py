@@ -75,7 +75,7 @@ def _asker(name, max_tokens, trust_remote_code):
 
     def ask(asked):
         if not loaded:
-            loaded.append(load(str(final_model(name) or name), trust_remote_code=trust_remote_code, divided=True))
+            loaded.append(load(str(final_model(name) or name), trust_remote_code=trust_remote_code, in_parts=True))
         return chat(*loaded[0], asked, max_new_tokens=max_tokens)
 
     return ask

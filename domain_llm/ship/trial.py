@@ -84,7 +84,7 @@ def try_formats(
     mark = fingerprint(Path(folder), base, exam, texts, Path(database) if database else None)
     tell(f"writing {', '.join(kinds)}")
     files = export_gguf(folder, out, kinds)
-    model, tok = load(folder, dtype=dtype_here(), divided=True)
+    model, tok = load(folder, dtype=dtype_here())
     given = (tok, exam, texts, database)
     tell("measuring the original")
     original = _kept(out / "measured" / "original.json", mark, lambda: measured_original(folder, model, *given))

@@ -166,9 +166,8 @@ def _optimizer(cfg, model):
 
     kind, rate = model.device.type, dict(lr=cfg["learning_rate"])
     if cfg["optimizer"] == "adamw":
-        if (
-            compute_dtype(model) == torch.float16
-        ):  # the scaler reads gradients beside the weights, and skips whole steps
+        # The scaler reads gradients beside the weights, and skips whole steps.
+        if compute_dtype(model) == torch.float16:
             return torch.optim.AdamW, rate
         part = None if kind == "cpu" else 2**27  # half a GB in 32 bits
         return _optimizer_class(part), dict(rate, fused=True)
@@ -259,7 +258,7 @@ def _one_device(args):
 def _packed(rows, given, length, path):
     "Packed rows with a label on at least one token, in a file at `path`, and the source names."
     nothing = InputError(f"there is nothing to train on: none of the {given} rows has a label after its first token.")
-    if not len(rows):
+    if given and not len(rows):
         raise nothing
     once(path.unlink, True)  # it may be of other rows
     with quiet():

@@ -28,9 +28,9 @@ def load_for(
     dtype = adapter_dtype(given.get("device") or default_device())
     if method == "lora" and dtype == torch.float16:
         given.setdefault("dtype", dtype)  # frozen weights are in the dtype in which they multiply
-    if method != "qlora":
-        return load(name, trust_remote_code=trust_remote_code, **given)
-    model, tok = load(name, dtype=dtype, quantize="nf4", trust_remote_code=trust_remote_code)
+    if method == "qlora":
+        given |= dict(dtype=dtype, quantize="nf4")
+    model, tok = load(name, trust_remote_code=trust_remote_code, **given)
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False  # bitsandbytes' kernel for answers on a CPU has no backward pass
