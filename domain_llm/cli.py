@@ -185,7 +185,8 @@ effects.png (the claims) and trade.png (gain against loss)."""
     c.add_argument(
         "--recipe",
         metavar="FILE",
-        help="documents, model and settings, or small-world (in Chinese small-world-zh); the demo's when not given",
+        help="documents, model and settings, or small-world (in Chinese small-world-zh); "
+        "the experiment's own, or the demo's, when not given",
     )
     c.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (the experiment's own number, or 3)")
     only = "print the runs, their time and what each claim can tell; train nothing"

@@ -56,7 +56,9 @@ def arguments(
     c.add_argument("--watts", type=float, metavar="N", help="power of the card, in place of its data sheet")
     c.add_argument("--write", metavar="FILE", help="write the recipe of the plan")
     c.add_argument("--json", metavar="FILE", help="write all numbers")
-    c.add_argument("--picture", metavar="FILE", help="write a picture: memory against the size of the model (PNG, SVG)")
+    c.add_argument(
+        "--picture", metavar="FILE", help="write a picture: memory against the size of the model (PNG, SVG, PDF)"
+    )
     c.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     c.add_argument("--force", action="store_true", help="overwrite files that exist")
 

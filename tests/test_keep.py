@@ -381,6 +381,34 @@ def test_a_cut_tidy_resumes(tmp_path):
     assert keep.remove(again["folder"]) == [] and not keep.spare(tmp_path)
 
 
+def cut_result(out):
+    "The folder of a result that was cut off and set aside, with what it had made."
+    keep.claim(out)
+    folder, _ = keep.begin(out, "x", ["a"])
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "weights").write_text("of the run")
+    keep.begin(out, "x", ["b"])
+    (aside,) = keep.spare(out)
+    return aside["folder"]
+
+
+def test_what_somebody_put_beside_a_cut_result_is_not_removed_with_it(tmp_path):
+    aside = cut_result(tmp_path)
+    note = aside / "checkpoints" / "note.txt"
+    note.write_text("mine")
+    assert keep.remove(aside) == [note] and note.read_text() == "mine"
+    assert [p for p in aside.rglob("*") if p.is_file()] == [note] and not keep.spare(tmp_path)
+
+
+def test_a_cut_result_that_comes_back_resumes_and_is_whole_in_the_end(tmp_path):
+    aside = cut_result(tmp_path)
+    folder, done = keep.begin(tmp_path, "x", ["a"])
+    assert not done and not aside.exists() and (folder / "checkpoints" / "weights").exists()
+    (folder / "r").write_text("made")
+    keep.finish(folder)
+    assert set(read_json(folder / "manifest.json")["files"]) == {"r", "started.json"}
+
+
 def test_a_retrained_model_is_told_by_its_content(tiny_folder, tmp_path):
     "Same names, same sizes, other weights."
     import shutil

@@ -18,6 +18,7 @@ from ..core import InputError, file_hash, fingerprint, read_json, write_json
 PRIVATE = ".domain_llm"
 _MARK = "started.json"
 _DONE = "manifest.json"
+_CUT = "cut.json"  # in a result that was set aside before it was finished: the files that it had made
 
 
 def _not_ours(path):
@@ -94,12 +95,19 @@ def set_aside(
     name: str,  # of a stage
 ):
     "Take the result of a stage, if there is one, out of the present run."
-    mark = owned(Path(out) / name)
+    folder, mark = Path(out) / name, owned(Path(out) / name)
     if mark is None:
         return
+    if not (folder / _DONE).exists():
+        write_json(folder / _CUT, _files(folder))
     aside = _aside(out, name, mark)
     aside.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(Path(out) / name, aside)
+    os.replace(folder, aside)
+
+
+def _files(folder):
+    "The files in a folder, as paths from there."
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def begin(
@@ -118,6 +126,7 @@ def begin(
         os.replace(kept[0], folder)
     elif there is None:
         _make(out, name, marks[0])
+    (folder / _CUT).unlink(missing_ok=True)
     done = (folder / _DONE).exists()
     _clean(folder, done)
     return folder, done
@@ -198,14 +207,19 @@ def spare(
     return found
 
 
+def _own(folder):
+    "The files of a result that was set aside which the run has made; the list itself is the last."
+    if (folder / _DONE).exists():
+        return [*read_json(folder / _DONE)["files"], _DONE]
+    made = read_json(folder / _CUT) if (folder / _CUT).exists() else _files(folder)  # older ones have no list
+    return [*(name for name in made if name != _MARK), _MARK, _CUT]
+
+
 def remove(
     folder,  # of a result that `spare` lists
 ):
     "Remove a result that was set aside; gives the files in it that the run had not made, which stay."
-    if not (folder / _DONE).exists():
-        shutil.rmtree(folder)
-        return []
-    for name in [*read_json(folder / _DONE)["files"], _DONE]:
+    for name in _own(folder):
         (folder / name).unlink(missing_ok=True)
     for sub in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
         if not any(sub.iterdir()):

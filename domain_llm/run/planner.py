@@ -254,7 +254,7 @@ def large_models():
         serves = f"a card of {served} GB" if served else "no single card"
         said.append(
             f"{name} ({size['parameters'] / 1e9:.0f}B): its weights take {half / GB:,.0f} GB in 16 bits and "
-            f"{four / GB:,.0f} GB in 4 bits. QLoRA holds {need / GB:,.0f} GB and {trains}; full tuning holds "
-            f"{tuned / GB:,.0f} GB. Served in 4 bits to one user it needs {serves}."
+            f"{four / GB:,.0f} GB in 4 bits. QLoRA with rows of 1,024 tokens holds {need / GB:,.0f} GB and {trains}; "
+            f"full tuning holds {tuned / GB:,.0f} GB. Served in 4 bits to one user it needs {serves}."
         )
     return said
