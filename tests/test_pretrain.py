@@ -358,7 +358,7 @@ def test_two_visible_gpus_are_no_reason_to_wrap_the_model(tok, tiny_folder, tmp_
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_device_without_bfloat16_trains_in_float32(tok, tiny_folder, tmp_path, monkeypatch, adapters):
-    monkeypatch.setattr(loop, "half_dtype", lambda device: torch.float32, raising=False)
+    monkeypatch.setattr("domain_llm.devices._cpu_bfloat16", lambda: False)
     seen, inner = set(), token_losses
 
     def losses(model, batch):
