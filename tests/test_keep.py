@@ -400,6 +400,22 @@ def test_what_somebody_put_beside_a_cut_result_is_not_removed_with_it(tmp_path):
     assert [p for p in aside.rglob("*") if p.is_file()] == [note] and not keep.spare(tmp_path)
 
 
+def test_a_file_of_any_name_in_a_stage_that_is_cut_stays(tmp_path):
+    keep.claim(tmp_path)
+    folder, _ = keep.begin(tmp_path, "x", ["a"])
+    for name in ("cut.json", "x-a.json"):
+        (folder / name).write_text("mine")
+    keep.begin(tmp_path, "x", ["b"])
+    folder, _ = keep.begin(tmp_path, "x", ["a"])
+    assert [(folder / name).read_text() for name in ("cut.json", "x-a.json")] == ["mine", "mine"]
+
+
+def test_a_cut_result_without_a_list_loses_no_file(tmp_path):
+    aside = cut_result(tmp_path)
+    aside.with_name(f"{aside.name}.json").unlink()
+    assert [path.name for path in keep.remove(aside)] == ["weights"] and not keep.spare(tmp_path)
+
+
 def test_a_cut_result_that_comes_back_resumes_and_is_whole_in_the_end(tmp_path):
     aside = cut_result(tmp_path)
     folder, done = keep.begin(tmp_path, "x", ["a"])

@@ -23,7 +23,7 @@ from domain_llm.train.qlora import load_for
 
 @pytest.fixture
 def gpu(monkeypatch):
-    "A function that sets how many bytes are free on a GPU; the moves of models to it are listed."
+    "A GPU: the bytes that are free on it, the models that were moved to it, and the room in which others were placed."
     found = types.SimpleNamespace(free=0, dispatched=[], moved=[])
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

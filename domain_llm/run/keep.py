@@ -18,7 +18,6 @@ from ..core import InputError, file_hash, fingerprint, read_json, write_json
 PRIVATE = ".domain_llm"
 _MARK = "started.json"
 _DONE = "manifest.json"
-_CUT = "cut.json"  # in a result that was set aside before it was finished: the files that it had made
 
 
 def _not_ours(path):
@@ -98,16 +97,17 @@ def set_aside(
     folder, mark = Path(out) / name, owned(Path(out) / name)
     if mark is None:
         return
-    if not (folder / _DONE).exists():
-        write_json(folder / _CUT, _files(folder))
     aside = _aside(out, name, mark)
+    if not (folder / _DONE).exists():
+        files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+        write_json(_list_of(aside), files)
     aside.parent.mkdir(parents=True, exist_ok=True)
     os.replace(folder, aside)
 
 
-def _files(folder):
-    "The files in a folder, as paths from there."
-    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+def _list_of(aside):
+    "Where the files stand that an unfinished result had when it was set aside: beside its folder."
+    return aside.with_name(f"{aside.name}.json")
 
 
 def begin(
@@ -124,9 +124,9 @@ def begin(
     kept = [_aside(out, name, mark) for mark in marks if _aside(out, name, mark).exists()]
     if there is None and kept:
         os.replace(kept[0], folder)
+        _list_of(kept[0]).unlink(missing_ok=True)
     elif there is None:
         _make(out, name, marks[0])
-    (folder / _CUT).unlink(missing_ok=True)
     done = (folder / _DONE).exists()
     _clean(folder, done)
     return folder, done
@@ -208,11 +208,11 @@ def spare(
 
 
 def _own(folder):
-    "The files of a result that was set aside which the run has made; the list itself is the last."
+    "The files of a result that was set aside which the run has made, its mark last; without a list none but that."
     if (folder / _DONE).exists():
         return [*read_json(folder / _DONE)["files"], _DONE]
-    made = read_json(folder / _CUT) if (folder / _CUT).exists() else _files(folder)  # older ones have no list
-    return [*(name for name in made if name != _MARK), _MARK, _CUT]
+    made = read_json(_list_of(folder)) if _list_of(folder).exists() else []
+    return [*(name for name in made if name != _MARK), _MARK]
 
 
 def remove(
@@ -221,6 +221,7 @@ def remove(
     "Remove a result that was set aside; gives the files in it that the run had not made, which stay."
     for name in _own(folder):
         (folder / name).unlink(missing_ok=True)
+    _list_of(folder).unlink(missing_ok=True)
     for sub in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
         if not any(sub.iterdir()):
             sub.rmdir()

@@ -257,15 +257,15 @@ def _one_device(args):
 
 def _packed(rows, given, length, path):
     "Packed rows with a label on at least one token, in a file at `path`, and the source names."
-    nothing = InputError(f"there is nothing to train on: none of the {given} rows has a label after its first token.")
+    nothing = f"there is nothing to train on: none of the {given} rows has a label after its first token."
     if given and not len(rows):
-        raise nothing
+        raise InputError(nothing)
     once(path.unlink, True)  # it may be of other rows
     with quiet():
         packed, names = pack(rows, length, path=path)
         data = packed.select(labelled(packed))
     if not len(data):
-        raise nothing
+        raise InputError(nothing)
     return data, names
 
 # %% ../../nbs/41_train.loop.ipynb #7161a043
