@@ -15,7 +15,8 @@ from .core import InputError, refuse_existing, write_jsonl
 from .models import DEMO_MODEL
 from .ship.ask import THRESHOLD, ask_in_terminal, opened
 from .ship.feedback import good_rows
-from .ship.sqlmodel import make_sql_model, opened_model, told_model
+from .ship.sqlmodel import COMPOSED, make_sql_model, opened_model, told_model
+from .ship.things import demo_things
 from .ship.web import SLOTS, serve_answers
 
 # %% ../nbs/98_ask_command.ipynb #2a67fa9e
@@ -26,7 +27,12 @@ The model learns from questions whose SQL is known. A part of them is kept back,
 those it learns how sure an answer is, and from which confidence on enough of its answers are right. Below that the
 rules answer, or a question comes back. Cut, it goes on with the same command.
 
+A log of questions lacks what nobody has asked yet. A file that says what the tables and columns are called (--things)
+has further questions composed and trained. The demo's own is a pattern: domain_llm/assets/things_en.yaml.
+
   domain-llm text2sql plant.sqlite --examples questions.jsonl --out runs/sql
+  domain-llm text2sql plant.sqlite --examples questions.jsonl --things things.yaml --out runs/sql
+  domain-llm text2sql demo --things demo --out runs/sql
   domain-llm ask plant.sqlite --model runs/sql"""
 
 
@@ -50,6 +56,9 @@ def making(
     "Add the options of `text2sql`."
     c.add_argument("database", metavar="DB", help=DATABASE)
     _examples(c)
+    things = "YAML file with words for tables and columns: questions are composed from it; demo: that of the demo"
+    c.add_argument("--things", metavar="FILE", help=things)
+    c.add_argument("--composed", type=int, metavar="N", help=f"questions composed from --things ({COMPOSED})")
     c.add_argument("--out", required=True, metavar="FOLDER", help="folder of the model")
     c.add_argument("--model", dest="base", default=DEMO_MODEL, metavar="MODEL", help="to start from (%(default)s)")
     c.add_argument("--passes", type=int, default=2, metavar="N", help="over the questions (%(default)s)")
@@ -66,9 +75,13 @@ def text2sql(
     "Train a model on questions whose SQL is known, and say how often and how surely it answers."
     if a.passes < 1:
         raise InputError(f"--passes is {a.passes}, but must be at least 1.")
+    if a.composed is not None and (a.composed < 1 or not a.things):
+        raise InputError("--composed is the number of questions, at least 1, that --things is to give.")
+    things = demo_things(a.lang or "en") if a.things == "demo" else a.things
+    more = dict(things=things, number=a.composed or COMPOSED)
     with opened(a.database, a.examples, a.lang) as source:
         rows = list(source["known"].values())
-        found = make_sql_model(rows, source["database"], a.base, a.out, a.passes, a.learning_rate, a.wanted)
+        found = make_sql_model(rows, source["database"], a.base, a.out, a.passes, a.learning_rate, a.wanted, **more)
     print(*told_model(found), sep="\n")
     print(f"next: domain-llm ask {a.database} --model {a.out}")
 

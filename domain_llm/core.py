@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENGLISH', 'InputError', 'nearest', 'text_width', 'refuse_existing', 'atomic_file', 'atomic_dir', 'claim_folder',
-           'write_json', 'read_json', 'write_jsonl', 'iter_jsonl', 'read_jsonl', 'cache_dir', 'file_hash',
+           'write_json', 'read_json', 'write_jsonl', 'iter_jsonl', 'read_jsonl', 'parse_yaml', 'cache_dir', 'file_hash',
            'fingerprint', 'first_line', 'hub_rows', 'translations', 'speaker', 'retold', 'progress']
 
 # %% ../nbs/90_core.ipynb #d6efeec9
@@ -180,6 +180,41 @@ def _row_of(line, where):
 def read_jsonl(path):
     "Read a list of dicts from a JSON Lines file; errors as from `iter_jsonl`."
     return list(iter_jsonl(path))
+
+# %% ../nbs/90_core.ipynb #yaml0002
+def _strict_loader():
+    "PyYAML's safe loader, which refuses a name that stands twice in one mapping."
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.MarkedYAMLError(problem="a name must be a text", problem_mark=key.start_mark)
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Strict
+
+
+def parse_yaml(
+    text: str,
+    label: str,  # what it is, for messages
+):
+    "What a YAML text says. Raises InputError with the line of the fault, also for a name that stands twice."
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_strict_loader())
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        where = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{label}{where} is not valid YAML: {e.problem}. Correct this line.") from e
+    except yaml.YAMLError as e:
+        raise InputError(f"{label} is not valid YAML: {' '.join(str(e).split())}") from e
 
 # %% ../nbs/90_core.ipynb #a873954c
 def cache_dir():

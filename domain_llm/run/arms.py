@@ -10,7 +10,7 @@ __all__ = ['KEYS', 'EQUAL', 'STAGES', 'UNITS', 'SECTIONS', 'unit_of', 'shipped',
 from importlib.resources import files
 from pathlib import Path
 
-from ..core import InputError, nearest
+from ..core import InputError, nearest, parse_yaml
 from .recipe import check_recipe, has_conversations
 from .settings import OPTIONAL
 
@@ -33,38 +33,6 @@ def unit_of(
 
 
 _CLAIM = ("text", "metric", "arm", "base", "direction", "margin", "matters")
-
-# %% ../../nbs/96_run.arms.ipynb #010639ed
-def _strict_loader():
-    "PyYAML's safe loader, which refuses a name that stands twice in one mapping."
-    import yaml
-
-    class Strict(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            seen = set()
-            for key, _ in node.value:
-                if not isinstance(key, yaml.ScalarNode):
-                    raise yaml.MarkedYAMLError(problem="a name must be a text", problem_mark=key.start_mark)
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
-                seen.add(key.value)
-            return super().construct_mapping(node, deep)
-
-    return Strict
-
-
-def _yaml(text, label):
-    "What a YAML text says. Raises InputError with the line of the fault."
-    import yaml
-
-    try:
-        return yaml.load(text, Loader=_strict_loader())
-    except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark or e.context_mark
-        where = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{label}{where} is not valid YAML: {e.problem}. Correct this line.") from e
-    except yaml.YAMLError as e:
-        raise InputError(f"{label} is not valid YAML: {' '.join(str(e).split())}") from e
 
 # %% ../../nbs/96_run.arms.ipynb #e9ec7f6f
 def shipped():
@@ -220,7 +188,7 @@ def read_experiment(
     "An experiment, checked: dict of name, about, equal, recipe, defaults, seeds, arms, claims, law. Raises InputError."
     name, text = _source(name)
     label = f"the experiment '{name}'"
-    said = _yaml(text, label)
+    said = parse_yaml(text, label)
     _known(label, said, KEYS)
     equal, stages = said.get("equal", "tokens"), said.get("stages", ["pretrain"])
     _one_of(f"{label}: equal", equal, EQUAL)

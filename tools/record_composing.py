@@ -1,0 +1,143 @@
+"""Record what questions composed by a grammar do for kinds that training lacks in nbs/results/composing.json.
+
+    python tools/record_composing.py [--seeds 3] [--plan] [--runs FOLDER]
+
+Small models read the demo's training questions with other values in them, or also questions that are composed from the
+words for its things; one arm reads its own questions, with more values, for about as long as the largest of these. No
+composed question asks what a kind of the test asks, whatever its wording, values or joins. Each seed has another demo,
+other questions and another model. Every arm and seed is kept in a folder, so a cut recording goes on where it was.
+"""
+
+import random
+import sqlite3
+
+import sqlglot
+from record_text2sql import make_parts
+from sqlglot import exp
+from tellings import record
+
+from domain_llm.demo.database import insert_tables
+from domain_llm.demo.world import make_world
+from domain_llm.ship.composing import composed
+from domain_llm.ship.schema import read_schema
+from domain_llm.ship.spelling import canonical
+from domain_llm.ship.sqlrows import column_values, exchanged, sql_messages
+from domain_llm.ship.text2sql import answers_to, in_torch, judged, sql_setting
+from domain_llm.ship.things import demo_things, read_things
+from domain_llm.small_world import small_model, train_tokenizer
+from domain_llm.train.fit import fitted
+from domain_llm.train.sft import encode_all
+
+SETTINGS = dict(learning_rate=4e-3, tokens_per_step=512, length=512, probes=1)
+ASKED = dict(known=3, new=3, composed=1)  # of each part every so many questions
+ARMS = {
+    "own": dict(values=2, composed=0, passes=2),
+    "own, longer": dict(values=12, composed=0, passes=5),
+    "and 1,000 composed": dict(values=2, composed=1000, passes=2),
+    "and 4,000 composed": dict(values=2, composed=4000, passes=2),
+}
+
+
+def claim(text, metric, base, arm="and 4,000 composed", **rest):
+    "A claim on the share of right answers."
+    return dict(text=text, metric=metric, arm=arm, base=base, more=True, matters=0.1, **rest)
+
+
+CLAIMS = [
+    claim("composed questions help on kinds composed of known parts", "composed", "own, longer"),
+    claim("they help on new kinds", "new", "own, longer"),
+    claim("they help on known kinds", "known", "own, longer"),
+    claim("four thousand help more than one on composed kinds", "composed", "and 1,000 composed"),
+    claim("more of the same questions helps on known kinds", "known", "own", "own, longer", control=True),
+]
+
+
+def key_columns(schema):
+    "The columns that only identify rows or point to others."
+    out = set()
+    for table, found in schema["tables"].items():
+        out |= {(table, column) for column in found["key"]}
+        out |= {(table, column) for column, *_ in found["foreign"]}
+    return out
+
+
+def same_rows_as(schema):
+    "For each table that has one row for each of another the other."
+    return {
+        table: other
+        for table, found in schema["tables"].items()
+        for column, other, _ in found["foreign"]
+        if found["key"] == [column]
+    }
+
+
+def place_of(column):
+    "What is done to a column: the parts of the query around it, from inside out."
+    out = []
+    while column.parent is not None:
+        column = column.parent
+        if isinstance(column, exp.Ordered):
+            out.append(f"ordered {'down' if column.args.get('desc') else 'up'}")
+        elif not isinstance(column, (exp.And, exp.Paren, exp.Distinct, exp.Subquery)):
+            out.append(type(column).__name__)
+    return tuple(out)
+
+
+def asked_by(sql, schema):
+    "What a query asks, without its values, its joins and the order of equals: two wordings of one question agree."
+    tree, keys, single = sqlglot.parse_one(sql, read=schema["dialect"]), key_columns(schema), same_rows_as(schema)
+    shown = {result.sql() for result in tree.expressions}
+    out = set()
+    for column in tree.find_all(exp.Column):
+        place = place_of(column)
+        only_names = (column.table.removesuffix("_2"), column.name) in keys and "In" not in place
+        only_orders = "Order" in place and column.sql() in shown
+        if not (only_names or only_orders or "Join" in place):
+            out.add((column.sql(), place))
+    for count in tree.find_all(exp.Count):
+        out.add(("count", place_of(count)))
+        out |= {("of", single.get(table.name, table.name)) for table in tree.find_all(exp.Table)}
+    if tree.args.get("limit"):
+        out.add(("one" if tree.args["limit"].expression.name == "1" else "several",))
+    return frozenset(out)
+
+
+def made_rows(arm, seed, world, con, schema):
+    "The rows of an arm, and the parts that are asked."
+    train, parts = make_parts(world, schema, "en")
+    values = column_values(con, schema)
+    index = sql_setting(train, con, schema)["index"]
+    apart = {asked_by(canonical(row["sql"], schema), schema) for part in parts.values() for row in part}
+    apart -= {asked_by(row["sql"], schema) for row in train}
+    rows = exchanged(train, values, index, schema, arm["values"], seed=seed)
+    if arm["composed"]:
+        things = read_things(demo_things(), schema)
+        unwanted = lambda sql: asked_by(sql, schema) in apart  # noqa: E731
+        rows += composed(things, values, schema, arm["composed"], seed, unwanted)
+    return train, rows, parts
+
+
+def measure(arm, seed):
+    "The share of right answers of a small model after an arm's training, for each part."
+    world, con = make_world(seed=seed), sqlite3.connect(":memory:")
+    insert_tables(con, world["tables"])
+    schema = read_schema(con)
+    train, rows, parts = made_rows(arm, seed, world, con, schema)
+    setting = sql_setting(rows, con, schema) | dict(constants=sql_setting(train, con, schema)["constants"])
+    messages = sql_messages(rows, schema, setting["index"], setting["links"])
+    tok = train_tokenizer([turn["content"] for row in messages for turn in row["messages"]])
+    coded, _ = encode_all(messages, tok, SETTINGS["length"])
+    rng = random.Random(seed)
+    order = [row for _ in range(arm["passes"]) for row in rng.sample(coded, len(coded))]
+    model = fitted(small_model(tok, seed), order, seed, **SETTINGS)
+    found = {}
+    for part, step in ASKED.items():
+        asked = parts[part][::step]
+        answered = answers_to([row["question"] for row in asked], in_torch(model, tok, samples=0), setting)
+        correct = judged(asked, answered, setting, voting=False)["correct"]
+        found[part] = dict(values=[int(right) for right in correct], groups=[row["shape"] for row in asked])
+    return found
+
+
+if __name__ == "__main__":
+    record("composing", __doc__, measure, ARMS, CLAIMS, seeds=3)
