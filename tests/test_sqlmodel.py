@@ -68,7 +68,7 @@ def base(rows, tmp_path_factory):
 def made(rows, plant, base, tmp_path_factory):
     pytest.importorskip("xllamacpp")
     out = tmp_path_factory.mktemp("made") / "sql"
-    return out, make_sql_model(rows, plant, str(base), out, passes=30, rate=4e-3)
+    return out, make_sql_model(rows, plant, str(base), out, passes=12, rate=2e-3)
 
 
 def test_whole_shapes_are_kept_apart():
@@ -149,12 +149,12 @@ def test_what_is_there_is_not_made_again(made, rows, plant, base, monkeypatch):
     kept = sorted(out.glob("answers/*"))
     kept[0].unlink()
     (out / "text2sql.json").unlink()
-    assert make_sql_model(rows, plant, str(base), out, passes=30, rate=4e-3) == found
+    assert make_sql_model(rows, plant, str(base), out, passes=12, rate=2e-3) == found
     assert sorted(out.glob("answers/*")) == kept
     with pytest.raises(InputError, match="made with other passes"):
-        make_sql_model(rows, plant, str(base), out, passes=3, rate=4e-3)
+        make_sql_model(rows, plant, str(base), out, passes=3, rate=2e-3)
     with pytest.raises(InputError, match="made with other questions"):
-        make_sql_model(rows[:-1], plant, str(base), out, passes=30, rate=4e-3)
+        make_sql_model(rows[:-1], plant, str(base), out, passes=12, rate=2e-3)
 
 
 def test_a_cut_training_goes_on(rows, plant, base, tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_a_cut_training_goes_on(rows, plant, base, tmp_path, monkeypatch):
     monkeypatch.setattr(sqlmodel, "export_gguf", lambda *a: (_ for _ in ()).throw(RuntimeError("trained")))
     for error in (KeyboardInterrupt, RuntimeError):
         with pytest.raises(error):
-            make_sql_model(rows, plant, str(base), tmp_path / "sql", passes=1, rate=4e-3)
+            make_sql_model(rows, plant, str(base), tmp_path / "sql", passes=1, rate=2e-3)
         assert (tmp_path / "sql" / "model").exists() == (error is RuntimeError)
     assert len(calls) == 2 and any((tmp_path / "sql" / "training").glob("checkpoint-*"))
 
@@ -187,7 +187,7 @@ def test_the_commands(made, plant, rows, base, tmp_path, capsys):
     examples.write_text("\n".join(json.dumps(row) for row in rows))
     out, _ = made
     asked = ["text2sql", str(plant), "--examples", str(examples), "--out", str(out), "--model", str(base)]
-    assert cli.main([*asked, "--passes", "30", "--learning-rate", "4e-3"]) == 0
+    assert cli.main([*asked, "--passes", "12", "--learning-rate", "2e-3"]) == 0
     assert "from a confidence of" in capsys.readouterr().out
     assert cli.main(["ask", str(plant), "What does Pump 17 cost?", "--model", str(out)]) == 0
     said = capsys.readouterr().out

@@ -10,6 +10,7 @@ other questions and another model. Every arm and seed is kept in a folder, so a 
 
 import random
 import sqlite3
+from statistics import fmean
 
 import sqlglot
 from record_text2sql import make_parts
@@ -35,6 +36,7 @@ ARMS = {
     "own, longer": dict(values=12, composed=0, passes=5),
     "and 1,000 composed": dict(values=2, composed=1000, passes=2),
     "and 4,000 composed": dict(values=2, composed=4000, passes=2),
+    "and 12,000 composed": dict(values=2, composed=12000, passes=2),
 }
 
 
@@ -48,6 +50,7 @@ CLAIMS = [
     claim("they help on new kinds", "new", "own, longer"),
     claim("they help on known kinds", "known", "own, longer"),
     claim("four thousand help more than one on composed kinds", "composed", "and 1,000 composed"),
+    claim("twelve help more than four", "composed", "and 4,000 composed", "and 12,000 composed"),
     claim("more of the same questions helps on known kinds", "known", "own", "own, longer", control=True),
 ]
 
@@ -139,5 +142,21 @@ def measure(arm, seed):
     return found
 
 
+def by_kind(runs):
+    "The runs with one mean for each kind of question that all of them were asked, since demos have other questions."
+    found = {}
+    for part in ASKED:
+        kinds = [set(run[part]["groups"]) for seeds in runs.values() for run in seeds.values()]
+        shared = sorted(set.intersection(*kinds))
+        for arm, seeds in runs.items():
+            for seed, run in seeds.items():
+                right = {kind: [] for kind in shared}
+                for kind, value in zip(run[part]["groups"], run[part]["values"]):
+                    right.get(kind, []).append(value)
+                means = [fmean(values) for values in right.values()]
+                found.setdefault(arm, {}).setdefault(seed, {})[part] = dict(values=means, groups=shared)
+    return found
+
+
 if __name__ == "__main__":
-    record("composing", __doc__, measure, ARMS, CLAIMS, seeds=3)
+    record("composing", __doc__, measure, ARMS, CLAIMS, by_kind, seeds=3)

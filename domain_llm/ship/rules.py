@@ -18,7 +18,8 @@ from ..judge.queries import read_only, run_query
 from .schema import quoted
 
 # %% ../../nbs/95_ship.rules.ipynb #5995a1c4
-_LITERAL = re.compile(r"(?<![\w.-])(?:(\d{4}-\d\d-\d\d)|(\d+(?:\.\d+)?))(?![\w-])", re.A)
+_UNIT = r"(?!st|nd|rd|th)[a-z]{1,4}"  # written without a space behind a number, as in 120bar
+_LITERAL = re.compile(rf"(?<![\w.-])(?:(\d{{4}}-\d\d-\d\d)|(\d+(?:\.\d+)?))(?=(?:{_UNIT})?(?![\w-]))", re.A)
 _CLOSE = 85  # RapidFuzz's score, of 100, from which on a piece of the question is a misspelt value
 _SHORTEST = 4  # characters of a value that is looked for with errors
 
