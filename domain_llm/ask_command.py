@@ -11,12 +11,13 @@ import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from .core import InputError, refuse_existing, write_jsonl
+from .core import InputError, atomic_file, refuse_existing, write_jsonl
 from .models import DEMO_MODEL
 from .ship.ask import THRESHOLD, ask_in_terminal, opened
 from .ship.feedback import good_rows
+from .ship.schema import read_schema
 from .ship.sqlmodel import COMPOSED, make_sql_model, opened_model, told_model
-from .ship.things import demo_things
+from .ship.things import demo_things, draft_things
 from .ship.web import SLOTS, serve_answers
 
 # %% ../nbs/98_ask_command.ipynb #2a67fa9e
@@ -27,10 +28,11 @@ The model learns from questions whose SQL is known. A part of them is kept back,
 those it learns how sure an answer is, and from which confidence on enough of its answers are right. Below that the
 rules answer, or a question comes back. Cut, it goes on with the same command.
 
-A log of questions lacks what nobody has asked yet. A file that says what the tables and columns are called (--things)
-has further questions composed and trained. The demo's own is a pattern: domain_llm/assets/things_en.yaml.
+A log of questions lacks what nobody has asked yet. With a file that says what tables and columns are called (--things)
+further questions are composed and trained. --draft-things writes a first version of it, to be edited.
 
   domain-llm text2sql plant.sqlite --examples questions.jsonl --out runs/sql
+  domain-llm text2sql plant.sqlite --draft-things things.yaml
   domain-llm text2sql plant.sqlite --examples questions.jsonl --things things.yaml --out runs/sql
   domain-llm text2sql demo --things demo --out runs/sql
   domain-llm ask plant.sqlite --model runs/sql"""
@@ -59,7 +61,9 @@ def making(
     things = "YAML file with words for tables and columns: questions are composed from it; demo: that of the demo"
     c.add_argument("--things", metavar="FILE", help=things)
     c.add_argument("--composed", type=int, metavar="N", help=f"questions composed from --things ({COMPOSED})")
-    c.add_argument("--out", required=True, metavar="FOLDER", help="folder of the model")
+    draft = "write a first version of such words from the names of tables and columns, and end"
+    c.add_argument("--draft-things", metavar="FILE", help=draft)
+    c.add_argument("--out", metavar="FOLDER", help="folder of the model")
     c.add_argument("--model", dest="base", default=DEMO_MODEL, metavar="MODEL", help="to start from (%(default)s)")
     c.add_argument("--passes", type=int, default=2, metavar="N", help="over the questions (%(default)s)")
     rate = "peak learning rate (3e-4 for all weights; 5e-4 for an adapter, from 1 billion parameters on)"
@@ -69,10 +73,27 @@ def making(
     c.add_argument("--lang", choices=("en", "zh"), help="language of the demo (English)")
 
 # %% ../nbs/98_ask_command.ipynb #dd094702
+def _draft(a):
+    "Write a first version of the words for a database's things."
+    refuse_existing(a.draft_things)
+    if a.database == "demo":
+        text = demo_things(a.lang or "en").read_text(encoding="utf-8")
+    else:
+        text = draft_things(read_schema(a.database))
+    with atomic_file(a.draft_things) as file:
+        file.write(text)
+    print(f"{a.draft_things} says what tables and columns are called, as far as their names tell. Edit it, then:")
+    print(f"domain-llm text2sql {a.database} --examples FILE --things {a.draft_things} --out FOLDER")
+
+
 def text2sql(
     a,  # the options
 ):
-    "Train a model on questions whose SQL is known, and say how often and how surely it answers."
+    "Train a model on questions whose SQL is known, and say how often and how surely it answers; or draft words."
+    if a.draft_things:
+        return _draft(a)
+    if not a.out:
+        raise InputError("where is the model to stand? Name its folder: --out FOLDER.")
     if a.passes < 1:
         raise InputError(f"--passes is {a.passes}, but must be at least 1.")
     if a.composed is not None and (a.composed < 1 or not a.things):

@@ -21,7 +21,7 @@ from domain_llm.ship.linking import linked
 from domain_llm.ship.rules import value_index
 from domain_llm.ship.schema import read_schema
 from domain_llm.ship.sqlrows import column_values
-from domain_llm.ship.things import demo_things, read_things
+from domain_llm.ship.things import demo_things, draft_things, read_things
 
 SITES = [(1, "Oslo", "north"), (2, "Bergen", "west"), (3, "Rome", "south")]
 PUMPS = [(1, "P 7", 3, 1), (2, "Q 1", 8, 2), (3, "O'Hara", 5, 2), (4, "R 4", 5, 1), (5, "S 9", 12, 3)]
@@ -247,3 +247,30 @@ def test_composed_questions_are_trained_beside_the_users(con, tmp_path, monkeypa
 def test_options_that_do_not_fit(options, said, tmp_path, capsys):
     assert cli.main(["text2sql", "demo", "--out", str(tmp_path / "sql"), *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_first_version_of_the_words_is_made_from_names(con, schema, tmp_path):
+    "It can be read and composed from as it stands; what it calls things was looked up by hand."
+    path = tmp_path / "draft.yaml"
+    path.write_text(draft_things(schema), encoding="utf-8")
+    drafted = read_things(path, schema)
+    assert {table: (said["one"], said["many"], said["label"]) for table, said in drafted.items()} == {
+        "sites": ("site", "sites", "sites.town"),
+        "pumps": ("pump", "pumps", "pumps.name"),
+        "visits": ("visit", "visits", "visits.result"),
+    }
+    assert drafted["pumps"]["properties"] == {"pumps.hours": dict(noun="hours"), "sites.town": dict(noun="site")}
+    for row in composed(drafted, column_values(con, schema), schema, 50):
+        run_query(con, row["sql"], seconds=5)
+
+
+def test_the_command_drafts_words_and_overwrites_none(con, tmp_path, capsys):
+    path, words = tmp_path / "pumps.sqlite", tmp_path / "words.yaml"
+    with sqlite3.connect(path) as file:
+        con.backup(file)
+    asked = ["text2sql", str(path), "--draft-things", str(words)]
+    assert cli.main(asked) == 0 and "--things" in capsys.readouterr().out
+    words.write_text("mine")
+    assert cli.main(asked) == 2 and words.read_text() == "mine"
+    assert cli.main(["text2sql", str(path)]) == 2
+    assert "--out FOLDER" in capsys.readouterr().err
