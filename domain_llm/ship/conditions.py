@@ -44,7 +44,8 @@ def grammar_of(
     schema,  # as from `read_schema`
     seed: int = 0,
 ):
-    "What writing questions needs, by name; the language is that of the things."
+    """Dict of what writing questions needs: `things`, `values` by TABLE.COLUMN, `schema`, `kinds` of columns, `sets` of
+    tables, `keys`, `questions` and `words` in the language of the things, and `rng`."""
     lang = language(" ".join(found["many"] for found in things.values()))
     text = (files("domain_llm") / "assets" / f"frames_{lang}.yaml").read_text(encoding="utf-8")
     known = parse_yaml(text, "the frames")
@@ -65,7 +66,10 @@ def _table(name):
     return name.split(".")[0].lower()
 
 
-def sql_name(name, g):
+def sql_name(
+    name: str,  # TABLE.COLUMN
+    g,  # as from `grammar_of`
+):
     "TABLE.COLUMN as SQL."
     return ".".join(spelled(part, g["schema"]["dialect"]) for part in name.split("."))
 
@@ -103,7 +107,11 @@ def _from(joined, g):
     return " ".join(out)
 
 
-def has_many(thing, name, g):
+def has_many(
+    thing: str,  # its table
+    name: str,  # of a property, TABLE.COLUMN
+    g,  # as from `grammar_of`
+):
     "Whether one thing may have several values of a property: a key points back on the way to it."
     joined = _joined(_tables(thing, [name], g), g, thing.lower())
     single = {(table.lower(), *map(str.lower, found["key"])) for table, found in g["schema"]["tables"].items()}
@@ -111,7 +119,9 @@ def has_many(thing, name, g):
     return any(pair not in single for pair in own)
 
 # %% ../../nbs/95_ship.conditions.ipynb #99fd5dc3
-def literal(value):
+def literal(
+    value,  # a text or a number
+):
     "A value as SQL."
     return text_literal(value) if isinstance(value, str) else str(value)
 
@@ -125,8 +135,13 @@ def _forms(name, words, g):
     return own + by_unit if own else by_unit + others
 
 
-def filled(name, words, g, **slots):
-    "One of the wordings of a form, filled."
+def filled(
+    name: str,  # of a form, such as that or more_with
+    words,  # of a property, as in `read_things`
+    g,  # as from `grammar_of`
+    **slots,  # x and y
+):
+    "One of the wordings of a form, drawn at random and filled."
     form = g["rng"].choice(_forms(name, words, g))
     return form.format(noun=words["noun"], unit=words.get("unit", ""), **slots)
 
@@ -176,8 +191,14 @@ def _amount_condition(thing, name, place, g):
     return dict(said=said, sql=sql, column=name, many=has_many(thing, name, g))
 
 
-def conditions(thing, places, used, g):
-    "Conditions in some places, on different properties that are not used yet; fewer where nothing is left."
+def conditions(
+    thing: str,  # its table
+    places,  # that or with, for each condition
+    used,  # properties that are not to be asked for
+    g,  # as from `grammar_of`
+):
+    """Conditions on different properties, fewer than places where nothing is left: dicts of `said`, `sql` (None where
+    none can be written), `column` that it needs or None, `many` (whether several rows of a thing may fit), `place`."""
     out, used = [], set(used)
     for place in places:
         free = [name for name in g["things"][thing]["properties"] if name not in used and len(g["values"][name]) > 1]
@@ -190,7 +211,14 @@ def conditions(thing, places, used, g):
     return out
 
 # %% ../../nbs/95_ship.conditions.ipynb #a884c615
-def query_for(thing, select, conditions, columns, g, rest=""):
+def query_for(
+    thing: str,  # its table
+    select: str,  # what the query gives, as SQL
+    conditions,  # as from `conditions`
+    columns,  # properties that it needs besides, TABLE.COLUMN
+    g,  # as from `grammar_of`
+    rest: str = "",  # what follows WHERE, as SQL
+):
     "A query for some conditions and columns; None where keys do not join its tables or it would not mean the question."
     names = [found["column"] for found in conditions if found["column"]]
     joined = _joined(_tables(thing, [*names, *columns], g), g)
@@ -207,8 +235,14 @@ def query_for(thing, select, conditions, columns, g, rest=""):
     return f"SELECT {select} FROM {_from(joined, g)}{' WHERE ' if where else ''}{where}{rest}"
 
 
-def question_for(form, thing, conditions, g, **slots):
-    "A question in one of the wordings of a form."
+def question_for(
+    form: str,  # one of `g["questions"]`
+    thing: str,  # its table
+    conditions,  # as from `conditions`
+    g,  # as from `grammar_of`
+    **slots,  # what else the form has in braces
+):
+    "A question in one of the wordings of a form, drawn at random."
     words = g["things"][thing]
     in_place = {place: [found["said"] for found in conditions if found["place"] == place] for place in ("that", "with")}
     that, with_ = (g["words"]["and"].join(said) for said in in_place.values())
