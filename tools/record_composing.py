@@ -3,7 +3,7 @@
     python tools/record_composing.py [--seeds 3] [--plan] [--runs FOLDER]
 
 Small models read the demo's training questions with other values in them, or also questions that are composed from the
-words for its things; one arm reads its own questions, with more values, for about as long as the largest of these. No
+words for its things; one arm reads its own questions, with more values, for as long as the arm with 4,000 composed. No
 composed question asks what a kind of the test asks, whatever its wording, values or joins. Each seed has another demo,
 other questions and another model. Every arm and seed is kept in a folder, so a cut recording goes on where it was.
 """
