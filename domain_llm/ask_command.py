@@ -15,7 +15,7 @@ from .core import InputError, atomic_file, refuse_existing, write_jsonl
 from .models import DEMO_MODEL
 from .ship.ask import THRESHOLD, ask_in_terminal, opened
 from .ship.feedback import good_rows
-from .ship.schema import read_schema
+from .ship.schema import is_url, read_schema
 from .ship.sqlmodel import COMPOSED, make_sql_model, opened_model, told_model
 from .ship.things import demo_things, draft_things
 from .ship.web import SLOTS, serve_answers
@@ -78,6 +78,8 @@ def _draft(a):
     refuse_existing(a.draft_things)
     if a.database == "demo":
         text = demo_things(a.lang or "en").read_text(encoding="utf-8")
+    elif is_url(a.database):
+        raise InputError("a model is trained with a SQLite file only. Name a file.")
     else:
         text = draft_things(read_schema(a.database))
     with atomic_file(a.draft_things) as file:

@@ -274,3 +274,37 @@ def test_the_command_drafts_words_and_overwrites_none(con, tmp_path, capsys):
     assert cli.main(asked) == 2 and words.read_text() == "mine"
     assert cli.main(["text2sql", str(path)]) == 2
     assert "--out FOLDER" in capsys.readouterr().err
+
+
+UNTIDY = """
+logs:
+  one: log
+  many: logs
+  label: logs.title
+  properties:
+    logs.size: {noun: size}
+    logs.note: {noun: note}
+    marks.mark: {noun: mark, with: ["with the mark {x}"]}
+"""
+
+
+def test_a_table_that_holds_anything_is_asked_only_for_what_somebody_would_ask(tmp_path):
+    """Texts among numbers, infinity, long and broken texts stand in no question; a key of two columns is not counted,
+    and a name that several rows have is compared with all of them."""
+    con = sqlite3.connect(":memory:")
+    con.execute("CREATE TABLE logs (a INTEGER, b INTEGER, title TEXT, size INTEGER, note TEXT, PRIMARY KEY (a, b))")
+    con.execute("CREATE TABLE marks (a INTEGER, b INTEGER, mark TEXT, FOREIGN KEY (a) REFERENCES logs(a))")
+    rows = [(1, 1, "x", "n/a", "short"), (1, 2, "x", 9e999, "two\nlines"), (2, 1, "y", 4, "long " * 20)]
+    rows += [(3, 1, "z", 9, "other"), (4, 1, "w", 4, "short")]
+    con.executemany("INSERT INTO logs VALUES (?, ?, ?, ?, ?)", rows)
+    con.executemany("INSERT INTO marks VALUES (?, ?, ?)", [(1, 1, "red"), (1, 2, "red"), (2, 1, "blue")])
+    (tmp_path / "things.yaml").write_text(UNTIDY)
+    schema = read_schema(con)
+    made = composed(read_things(tmp_path / "things.yaml", schema), column_values(con, schema), schema, 300)
+    asked = " ".join(row["question"] for row in made)
+    assert not re.search("n/a|inf|lines|long ", asked) and "short" in asked
+    assert not any("COUNT" in row["sql"] and "marks.mark = " in row["sql"] for row in made)
+    same = [row for row in made if row["question"].startswith("Which other logs have the same note as x")]
+    assert same and all(" IN (SELECT logs.note" in row["sql"] for row in same)
+    for row in made:
+        run_query(con, row["sql"], seconds=5)

@@ -6,7 +6,7 @@
 __all__ = ['composed']
 
 # %% ../../nbs/95_ship.composing.ipynb #9378e475
-from ..core import InputError
+from ..core import InputError, progress
 from domain_llm.ship.conditions import (
     conditions,
     filled,
@@ -214,7 +214,7 @@ def _same(thing, g):
     name, called = _is_called(thing, g)
     column = sql_name(of, g)
     inner = query_for(thing, column, [called], [of], g)
-    sql = f"{column} = ({inner}) AND {sql_name(label, g)} <> {literal(name)}"
+    sql = f"{column} IN ({inner}) AND {sql_name(label, g)} <> {literal(name)}"  # several may have the name
     said = filled("same", g["things"][thing]["properties"][of], g, x=name)
     found = [dict(said=said, sql=sql, column=of, many=False, place="that")]
     return question_for("same", thing, found, g), query_for(thing, sql_name(label, g), found, [label], g)
@@ -251,17 +251,19 @@ def composed(
     g, out = grammar_of(things, values, schema, seed), {}
     names = list(things)
     weights = [len(things[name]["properties"]) for name in names]
-    for _ in range(_TRIES * number):
-        (thing,) = g["rng"].choices(names, weights)
-        (form,) = g["rng"].choices(list(_FORMS), list(_FORMS.values()))
-        made = form(thing, g)
-        if made is None or made[1] is None or made[0] in out:
-            continue
-        sql = canonical(made[1], schema)
-        if not unwanted(sql):
-            out[made[0]] = dict(question=made[0], sql=sql)
-        if len(out) == number:
-            break
+    with progress(total=number, desc="composing", unit="question") as bar:
+        for _ in range(_TRIES * number):
+            (thing,) = g["rng"].choices(names, weights)
+            (form,) = g["rng"].choices(list(_FORMS), list(_FORMS.values()))
+            made = form(thing, g)
+            if made is None or made[1] is None or made[0] in out:
+                continue
+            sql = canonical(made[1], schema)
+            if not unwanted(sql):
+                out[made[0]] = dict(question=made[0], sql=sql)
+                bar.update()
+            if len(out) == number:
+                break
     if not out:
         raise InputError("the words for things give no question. Give a thing a label and properties that have values.")
     return list(out.values())

@@ -6,6 +6,7 @@
 __all__ = ['grammar_of', 'sql_name', 'has_many', 'literal', 'filled', 'conditions', 'query_for', 'question_for']
 
 # %% ../../nbs/95_ship.conditions.ipynb #3a494575
+import math
 import random
 import re
 from importlib.resources import files
@@ -29,6 +30,24 @@ def _kinds(schema):
     return out
 
 
+_LONGEST = 60  # characters of a text that somebody would put into a question
+
+
+def _askable(value, kind):
+    "Whether a value may stand in a question on a column of a kind: SQLite lets any column hold anything."
+    if kind == "number":
+        return not isinstance(value, str) and math.isfinite(value)
+    return isinstance(value, str) and 0 < len(value) <= _LONGEST and value == " ".join(value.split())
+
+
+def _values(values, kinds):
+    "For each column, as TABLE.COLUMN, the values that questions may name."
+    return {
+        name: [value for value in values.get(tuple(name.lower().split(".")), ()) if _askable(value, kind)]
+        for name, kind in kinds.items()
+    }
+
+
 def _keys_to(schema):
     "The edges from a foreign key to what it points to."
     return {
@@ -48,12 +67,12 @@ def grammar_of(
     tables, `keys`, `questions` and `words` in the language of the things, and `rng`."""
     lang = language(" ".join(found["many"] for found in things.values()))
     text = (files("domain_llm") / "assets" / f"frames_{lang}.yaml").read_text(encoding="utf-8")
-    known = parse_yaml(text, "the frames")
+    known, kinds = parse_yaml(text, "the frames"), _kinds(schema)
     return dict(
         things=things,
-        values={name: values.get(tuple(name.lower().split("."))) or [] for name in _kinds(schema)},
+        values=_values(values, kinds),
         schema=schema,
-        kinds=_kinds(schema),
+        kinds=kinds,
         sets=joined_sets(schema, _TABLES),
         keys=_keys_to(schema),
         rng=random.Random(f"{seed}-composed"),
@@ -225,8 +244,9 @@ def query_for(
     many = sum(found["many"] for found in conditions)
     if joined is None or many > 1 or any(found["sql"] is None for found in conditions):
         return None
-    if many and select == "COUNT(*)" and not rest and g["schema"]["tables"][thing]["key"]:
-        select = f"COUNT(DISTINCT {sql_name(thing + '.' + g['schema']['tables'][thing]['key'][0], g)})"
+    key = g["schema"]["tables"][thing]["key"]
+    if many and select == "COUNT(*)" and not rest and len(key) == 1:
+        select = f"COUNT(DISTINCT {sql_name(f'{thing}.{key[0]}', g)})"
     elif many and (rest or "(" in select):
         return None
     elif many:
