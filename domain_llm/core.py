@@ -213,7 +213,7 @@ def parse_yaml(
         mark = e.problem_mark or e.context_mark
         where = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{label}{where} is not valid YAML: {e.problem}. Correct this line.") from e
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that does not exist
         raise InputError(f"{label} is not valid YAML: {' '.join(str(e).split())}") from e
 
 # %% ../nbs/90_core.ipynb #a873954c

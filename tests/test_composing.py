@@ -20,7 +20,7 @@ from domain_llm.ship.grammar import accepts, joined_sets, question_grammar
 from domain_llm.ship.linking import linked
 from domain_llm.ship.rules import value_index
 from domain_llm.ship.schema import read_schema
-from domain_llm.ship.sqlrows import column_values
+from domain_llm.ship.sqlrows import column_values, null_columns
 from domain_llm.ship.things import demo_things, draft_things, read_things
 
 SITES = [(1, "Oslo", "north"), (2, "Bergen", "west"), (3, "Rome", "south")]
@@ -175,6 +175,9 @@ def test_a_model_may_write_every_query(lang):
         (("stand in {x}", "stand in"), "must have {x}"),
         (("stand in {x}", "stand in {x} {z}"), "must have {x}"),
         (("stand in {x}", "stand in {x"), "brace"),
+        (("stand in {x}", "stand in {x!r}"), "must have {x}"),
+        (("stand in {x}", "stand in {x:d}"), "must have {x}"),
+        (("noun: town", "noun: 2024-13-45"), "not valid YAML"),
         (('["in {x}"]', "in"), "must be a list"),
         (("many: pumps", "many: 3"), "must be a text"),
         (("  many: pumps\n", ""), "lacks 'many'"),
@@ -308,3 +311,171 @@ def test_a_table_that_holds_anything_is_asked_only_for_what_somebody_would_ask(t
     assert same and all(" IN (SELECT logs.note" in row["sql"] for row in same)
     for row in made:
         run_query(con, row["sql"], seconds=5)
+
+
+def made_from(tmp_path, tables, rows, words, number=400):
+    "A database, its schema and the questions that are composed from it."
+    con = sqlite3.connect(":memory:")
+    for statement in tables:
+        con.execute(statement)
+    for table, values in rows.items():
+        con.executemany(f"INSERT INTO {table} VALUES ({','.join('?' * len(values[0]))})", values)
+    (tmp_path / "things.yaml").write_text(words, encoding="utf-8")
+    schema = read_schema(con)
+    things = read_things(tmp_path / "things.yaml", schema)
+    nulls = null_columns(con, schema)
+    made = composed(things, column_values(con, schema), schema, number, nulls=nulls)
+    return con, {row["question"]: row["sql"] for row in made}
+
+
+def test_two_keys_to_one_table_are_not_asked_for(tmp_path):
+    "A game has two teams: which one is meant, no key says."
+    _, made = made_from(
+        tmp_path,
+        [
+            "CREATE TABLE teams (id INTEGER PRIMARY KEY, name TEXT)",
+            "CREATE TABLE games (id INTEGER PRIMARY KEY, day TEXT, home INT REFERENCES teams,"
+            " guest INT REFERENCES teams)",
+        ],
+        dict(teams=[(1, "A1"), (2, "B1"), (3, "C1")], games=[(1, "g1", 1, 2), (2, "g2", 2, 1), (3, "g3", 3, 1)]),
+        """
+games: {one: game, many: games, label: games.day, properties: {teams.name: {noun: team}, games.day: {noun: day}}}
+teams:
+  one: team
+  many: teams
+  label: teams.name
+  properties: {games.day: {noun: game, that: ["played {x}"], not: ["did not play {x}"]}, teams.name: {noun: name}}
+""",
+    )
+    assert made and not any("teams" in sql and "games" in sql for sql in made.values())
+
+
+def test_a_triangle_of_keys_is_not_asked_for(tmp_path):
+    "An order and its customer both have an address: which one is meant, no key says."
+    _, made = made_from(
+        tmp_path,
+        [
+            "CREATE TABLE addresses (id INTEGER PRIMARY KEY, town TEXT)",
+            "CREATE TABLE customers (id INTEGER PRIMARY KEY, name TEXT, address_id INT REFERENCES addresses)",
+            "CREATE TABLE orders (id INTEGER PRIMARY KEY, customer_id INT REFERENCES customers,"
+            " address_id INT REFERENCES addresses)",
+        ],
+        dict(
+            addresses=[(1, "Rome"), (2, "Oslo")],
+            customers=[(1, "Ann", 1), (2, "Bob", 2)],
+            orders=[(1, 1, 1), (2, 2, 1), (3, 2, 2)],
+        ),
+        """
+orders:
+  one: order
+  many: orders
+  properties: {customers.name: {noun: customer, with: ["of {x}"]}, addresses.town: {noun: town, with: ["to {x}"]}}
+""",
+    )
+    assert made and not any("customers" in sql and "addresses" in sql for sql in made.values())
+
+
+def test_never_means_no_row_that_points_to_the_thing(tmp_path):
+    "Also where a table points to itself, names have spaces, and the key that points is NULL somewhere."
+    con, made = made_from(
+        tmp_path,
+        [
+            'CREATE TABLE staff ("staff id" INTEGER PRIMARY KEY, name TEXT, boss INTEGER REFERENCES staff)',
+            'CREATE TABLE jobs (id INTEGER PRIMARY KEY, "who did" INTEGER REFERENCES STAFF("staff id"), what TEXT)',
+        ],
+        dict(
+            staff=[(1, "Ann", None), (2, "Bob", 1), (3, "Cy", 2)],
+            jobs=[(1, 1, "weld"), (2, 2, "paint"), (3, None, "weld")],
+        ),
+        """
+staff:
+  one: person
+  many: people
+  label: staff.name
+  properties: {jobs.what: {noun: job, that: ["did {x}"], not: ["never did {x}"]}, staff.name: {noun: name}}
+""",
+    )
+    assert run_query(con, made["Which people never did weld?"], seconds=5) == [("Bob",), ("Cy",)]
+    assert run_query(con, made["Which people did weld?"], seconds=5) == [("Ann",)]
+
+
+def test_what_is_not_known_is_neither_the_least_nor_a_group(tmp_path):
+    con, made = made_from(
+        tmp_path,
+        ["CREATE TABLE pumps (id INTEGER PRIMARY KEY, name TEXT, power INTEGER, kind TEXT)"],
+        dict(pumps=[(1, "P", None, None), (2, "Q", 4, None), (3, "R", 7, "gear"), (4, "S", 9, None)]),
+        """
+pumps:
+  one: pump
+  many: pumps
+  label: pumps.name
+  properties: {pumps.power: {noun: power, least: [smallest]}, pumps.kind: {noun: kind, nouns: kinds}}
+""",
+    )
+    assert run_query(con, made["Which pump has the smallest power?"], seconds=5) == [("Q",)]
+    assert run_query(con, made["Which kind has the most pumps?"], seconds=5) == [("gear",)]
+    assert run_query(con, made["How many pumps are there per kind?"], seconds=5) == [("gear", 1)]
+    assert run_query(con, made["Which different kinds do the pumps have?"], seconds=5) == [("gear",)]
+
+
+def test_values_stand_in_the_question_as_they_are(tmp_path):
+    "Words are put right round a value and not in it; a text of digits is a text, a date in another order is one, too."
+    _, made = made_from(
+        tmp_path,
+        ["CREATE TABLE pumps (id INTEGER PRIMARY KEY, name TEXT, grade TEXT, day DATE, len INTEGER, wid INTEGER)"],
+        dict(
+            pumps=[
+                (1, "1001", "Class A engine", "05/01/2024", 3, 4),
+                (2, "1002", "Core .NET", "12/31/2022", 6, 5),
+                (3, "1003", "oak", "07/02/2023", 8, 9),
+            ]
+        ),
+        """
+pumps:
+  one: pump
+  many: pumps
+  label: pumps.name
+  properties:
+    pumps.grade: {noun: grade, that: ["have a {x} grade"], with: ["of {x}"]}
+    pumps.day: {noun: day}
+    pumps.len: {noun: length, unit: m}
+    pumps.wid: {noun: width, unit: m}
+""",
+        800,
+    )
+    assert made["How many pumps are there of Class A engine?"].endswith("pumps.grade = 'Class A engine'")
+    assert made["List all pumps of Core .NET."].endswith("pumps.grade = 'Core .NET'")
+    oaken = [question for question in made if "oak grade" in question]
+    assert oaken and all(" an oak grade" in question for question in oaken)
+    assert any(question.startswith("What is the grade of the pump 1002") for question in made)
+    assert not any(re.search(r"pumps.day [<>] |(MAX|MIN)\(pumps.day", sql) for sql in made.values())
+    assert not any(re.search(r"(above|below|than) \d+ m\b", q) and not re.search("length|width", q) for q in made)
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        (["CREATE TABLE a (id INTEGER PRIMARY KEY, name TEXT, other INT REFERENCES gone(id))"], {}),
+        (["CREATE TABLE a (id INTEGER PRIMARY KEY, size INT, name TEXT, up INT REFERENCES a)"], {"a": {"a.size"}}),
+        (
+            [
+                "CREATE TABLE Sites (ID INTEGER PRIMARY KEY, town TEXT)",
+                'CREATE TABLE "a.b" (id INTEGER PRIMARY KEY, name TEXT, size INT)',
+                "CREATE TABLE pumps (id INTEGER PRIMARY KEY, label TEXT, site INT REFERENCES sites)",
+            ],
+            {"pumps": {"Sites.town"}},
+        ),
+    ],
+)
+def test_odd_keys_are_drafted_without_error(tables, said, tmp_path):
+    con = sqlite3.connect(":memory:")
+    for statement in tables:
+        con.execute(statement)
+    schema = read_schema(con)
+    drafted = yaml.safe_load(draft_things(schema)) or {}
+    assert {thing: set(words["properties"]) for thing, words in drafted.items()} == said
+    (tmp_path / "things.yaml").write_text(draft_things(schema))
+    if said:
+        things = read_things(tmp_path / "things.yaml", schema)
+        with pytest.raises(InputError, match="give no question"):  # the tables are empty
+            composed(things, column_values(con, schema), schema, 5, unwanted=lambda sql: "WHERE" not in sql)

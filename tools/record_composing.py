@@ -4,8 +4,8 @@
 
 Small models read the demo's training questions with other values in them, or also questions that are composed from the
 words for its things; one arm reads its own questions, with more values, for as long as the arm with 4,000 composed. No
-composed question asks what a kind of the test asks, whatever its wording, values or joins. Each seed has another demo,
-other questions and another model. Every arm and seed is kept in a folder, so a cut recording goes on where it was.
+composed question asks what a new or composed kind asks, whatever its wording, values or joins. Each seed has another
+demo, other questions and another model. Every arm and seed is kept in a folder: a cut recording goes on where it was.
 """
 
 import random
@@ -81,22 +81,33 @@ def place_of(column):
         column = column.parent
         if isinstance(column, exp.Ordered):
             out.append(f"ordered {'down' if column.args.get('desc') else 'up'}")
+        elif isinstance(column, exp.In):
+            out.append("EQ")  # equal to one of several, as to the only one
         elif not isinstance(column, (exp.And, exp.Paren, exp.Distinct, exp.Subquery)):
             out.append(type(column).__name__)
     return tuple(out)
 
 
+def compared_with_query(column):
+    "Whether a column is compared with a query, or is what that query gives."
+    compared = column.find_ancestor(exp.In, exp.EQ)
+    return compared is not None and compared.find(exp.Select) is not None
+
+
 def asked_by(sql, schema):
     "What a query asks, without its values, its joins and the order of equals: two wordings of one question agree."
     tree, keys, single = sqlglot.parse_one(sql, read=schema["dialect"]), key_columns(schema), same_rows_as(schema)
+    pointed = {(t, c): other for t, found in schema["tables"].items() for c, other, _ in found["foreign"]}
     shown = {result.sql() for result in tree.expressions}
     out = set()
     for column in tree.find_all(exp.Column):
         place = place_of(column)
-        only_names = (column.table.removesuffix("_2"), column.name) in keys and "In" not in place
+        table = column.table.removesuffix("_2")
+        only_names = (table, column.name) in keys and not compared_with_query(column)
         only_orders = "Order" in place and column.sql() in shown
         if not (only_names or only_orders or "Join" in place):
-            out.add((column.sql(), place))
+            other = pointed.get((table, column.name))
+            out.add((f"{other}.name" if other else f"{table}.{column.name}", place))
     for count in tree.find_all(exp.Count):
         out.add(("count", place_of(count)))
         out |= {("of", single.get(table.name, table.name)) for table in tree.find_all(exp.Table)}

@@ -12,11 +12,13 @@ from domain_llm.ship.conditions import (
     filled,
     grammar_of,
     has_many,
+    known_value,
     literal,
     query_for,
     question_for,
     sql_name,
 )
+from .guard import Refusal
 from .spelling import canonical
 
 # %% ../../nbs/95_ship.composing.ipynb #63416f1f
@@ -65,7 +67,7 @@ def _first(thing, g, number=1):
     word = words.get(f"{way}_word") if g["rng"].random() < 0.7 else None
     form = ("extreme" if number == 1 else "top") + (" word" if word else "")
     said = g["rng"].choice(word or words.get(way) or g["words"][way])
-    found = conditions(thing, g["rng"].choice(([], ["with"])), [name, label], g)
+    found = conditions(thing, g["rng"].choice(([], ["with"])), [name, label], g) + known_value(name, g)
     order = f" ORDER BY {sql_name(name, g)}{' DESC' if way == 'most' else ''}, {sql_name(label, g)} LIMIT {number}"
     question = question_for(form, thing, found, g, most=said, noun=words["noun"], n=number)
     return question, query_for(thing, sql_name(label, g), found, [label, name], g, order)
@@ -113,7 +115,7 @@ def _counted_per(thing, g):
     if group is None:
         return None
     name, column, noun = group
-    found = conditions(thing, g["rng"].choice(([], [], ["with"])), [name], g)
+    found = conditions(thing, g["rng"].choice(([], [], ["with"])), [name], g) + known_value(name, g)
     rest = f" GROUP BY {column} ORDER BY {column}"
     return question_for("count per", thing, found, g, group=noun), query_for(
         thing, f"{column}, COUNT(*)", found, [name], g, rest
@@ -129,7 +131,7 @@ def _figured_per(thing, g):
     select, said, what = _figure_of(thing, of, g)
     rest = f" GROUP BY {column} ORDER BY {column}"
     question = question_for("figure per", thing, [], g, figure=said, noun=what, group=noun)
-    return question, query_for(thing, f"{column}, {select}", [], [name, of], g, rest)
+    return question, query_for(thing, f"{column}, {select}", known_value(name, g), [name, of], g, rest)
 
 
 def _commonest(thing, g):
@@ -139,7 +141,7 @@ def _commonest(thing, g):
         return None
     name, column, noun = group
     form = g["rng"].choice(("most", "most", "fewest"))
-    found = conditions(thing, g["rng"].choice(([], ["with"])), [name], g)
+    found = conditions(thing, g["rng"].choice(([], ["with"])), [name], g) + known_value(name, g)
     rest = f" GROUP BY {column} ORDER BY COUNT(*){' DESC' if form == 'most' else ''}, {column} LIMIT 1"
     return question_for(form, thing, found, g, group=noun), query_for(thing, column, found, [name], g, rest)
 
@@ -150,7 +152,7 @@ def _frequent(thing, g):
     if group is None:
         return None
     name, column, noun = group
-    found = conditions(thing, g["rng"].choice(([], ["with"])), [name], g)
+    found = conditions(thing, g["rng"].choice(([], ["with"])), [name], g) + known_value(name, g)
     rest = f" GROUP BY {column} HAVING COUNT(*) > {number}"
     return question_for("more than", thing, found, g, group=noun, n=number), query_for(
         thing, column, found, [name], g, rest
@@ -169,7 +171,7 @@ def _valued(thing, g):
     "What is the seal material of the Swan 32?"
     label = g["things"][thing]["label"]
     of = _drawn(_properties(thing, ("text", "number", "date"), g, [label]), g)
-    if label is None or of is None:
+    if label is None or of is None or not g["values"][label]:
         return None
     name, called = _is_called(thing, g)
     noun = g["things"][thing]["properties"][of]["noun"]
@@ -183,7 +185,7 @@ def _different(thing, g):
     name = _drawn([name for name in texts if "nouns" in all_[name]], g)
     if name is None:
         return None
-    found = conditions(thing, g["rng"].choice(([], ["with"])), [name], g)
+    found = conditions(thing, g["rng"].choice(([], ["with"])), [name], g) + known_value(name, g)
     if any(one["many"] for one in found):
         return None
     question = question_for("different", thing, found, g, nouns=all_[name]["nouns"])
@@ -199,6 +201,8 @@ def _beside_average(thing, g):
     words, column = g["things"][thing]["properties"][name], sql_name(name, g)
     way, compare = g["rng"].choice((("above_average", ">"), ("below_average", "<")))
     inner = query_for(thing, f"AVG({column})", [], [name], g)
+    if inner is None:
+        return None
     said = filled(way, words, g)
     beside = dict(said=said, sql=f"{column} {compare} ({inner})", column=name, many=False, place="that")
     found = [*conditions(thing, g["rng"].choice(([], ["with"])), [name, label], g), beside]
@@ -209,11 +213,13 @@ def _same(thing, g):
     "Which other machines have the same seal material as Swan 32?"
     label = g["things"][thing]["label"]
     of = _drawn(_properties(thing, ("text", "number", "date"), g, [label]), g)
-    if label is None or of is None:
+    if label is None or of is None or not g["values"][label]:
         return None
     name, called = _is_called(thing, g)
     column = sql_name(of, g)
     inner = query_for(thing, column, [called], [of], g)
+    if inner is None:
+        return None
     sql = f"{column} IN ({inner}) AND {sql_name(label, g)} <> {literal(name)}"  # several may have the name
     said = filled("same", g["things"][thing]["properties"][of], g, x=name)
     found = [dict(said=said, sql=sql, column=of, many=False, place="that")]
@@ -238,6 +244,18 @@ _FORMS = {
 _TRIES = 30  # for each row that is wanted
 
 
+def _question_of(thing, g):
+    "A question on a thing and its query, canonical, in a form drawn at random; None where that form has none."
+    (form,) = g["rng"].choices(list(_FORMS), list(_FORMS.values()))
+    made = form(thing, g)
+    if made is None or made[1] is None:
+        return None
+    try:
+        return made[0], canonical(made[1], g["schema"])
+    except Refusal:
+        return None
+
+
 def composed(
     things,  # as from `read_things`
     values,  # as from `column_values`
@@ -245,22 +263,19 @@ def composed(
     number: int = 3000,
     seed: int = 0,
     unwanted=lambda sql: False,  # a function of a query, canonical, that says whether to leave its question out
+    nulls=(),  # as from `null_columns`: orders and groups by these columns leave NULL out
 ):
     """Rows {question, sql}, the SQL canonical and no question twice; fewer than `number` where the words give no more.
     Raises InputError where they give none."""
-    g, out = grammar_of(things, values, schema, seed), {}
+    g, out = grammar_of(things, values, schema, seed, nulls), {}
     names = list(things)
     weights = [len(things[name]["properties"]) for name in names]
     with progress(total=number, desc="composing", unit="question") as bar:
         for _ in range(_TRIES * number):
             (thing,) = g["rng"].choices(names, weights)
-            (form,) = g["rng"].choices(list(_FORMS), list(_FORMS.values()))
-            made = form(thing, g)
-            if made is None or made[1] is None or made[0] in out:
-                continue
-            sql = canonical(made[1], schema)
-            if not unwanted(sql):
-                out[made[0]] = dict(question=made[0], sql=sql)
+            made = _question_of(thing, g)
+            if made and made[0] not in out and not unwanted(made[1]):
+                out[made[0]] = dict(question=made[0], sql=made[1])
                 bar.update()
             if len(out) == number:
                 break

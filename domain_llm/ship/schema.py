@@ -42,8 +42,19 @@ def _sqlite_table(con, table, samples):
             key[place] = name
     foreign = []
     for _, _, other, column, target, *_ in con.execute(f"PRAGMA foreign_key_list({quoted(table)})"):
-        foreign.append([column, other, target or column])
+        foreign.append([column, other, target])
     return dict(columns=columns, key=[key[place] for place in sorted(key)], foreign=foreign)
+
+
+def _complete(tables):
+    "Write into foreign keys the other table's name as it is given there, and its key where no column is named."
+    own = {name.lower(): name for name in tables}
+    for found in tables.values():
+        for pointing in found["foreign"]:
+            column, other, target = pointing
+            pointing[1] = own.get(other.lower(), other)
+            key = tables.get(pointing[1], {}).get("key", [])
+            pointing[2] = target or (key[0] if len(key) == 1 else column)
 
 
 def _sqlite_schema(con, samples):
@@ -52,9 +63,11 @@ def _sqlite_schema(con, samples):
     factory, con.row_factory = con.row_factory, None
     try:
         names = [name for (name,) in con.execute(query)]
-        return dict(dialect="sqlite", tables={name: _sqlite_table(con, name, samples) for name in names})
+        tables = {name: _sqlite_table(con, name, samples) for name in names}
     finally:
         con.row_factory = factory
+    _complete(tables)
+    return dict(dialect="sqlite", tables=tables)
 
 # %% ../../nbs/95_ship.schema.ipynb #695e42aa
 _DIALECTS = dict(postgresql="postgres", mariadb="mysql", mssql="tsql")  # where SQLAlchemy and SQLGlot differ

@@ -34,7 +34,7 @@ from .schema import read_schema
 from .serve import server
 from .spelling import canonical
 from .sql import run_guarded
-from .sqlrows import column_values, exchanged, sql_messages
+from .sqlrows import column_values, exchanged, null_columns, sql_messages
 from domain_llm.ship.text2sql import (
     answers_to,
     confidence,
@@ -105,7 +105,8 @@ def _compose(things, number, training, calibrating, database, schema):
     "Questions composed from a file of words, none in a shape or with the words of a question that is kept apart."
     apart = {shape_of(row["sql"]) for row in calibrating} - {shape_of(row["sql"]) for row in training}
     words, values = read_things(things, schema), column_values(database, schema)
-    rows = composed(words, values, schema, number, unwanted=lambda sql: shape_of(sql) in apart)
+    nulls = null_columns(database, schema)
+    rows = composed(words, values, schema, number, unwanted=lambda sql: shape_of(sql) in apart, nulls=nulls)
     asked = {row["question"] for row in calibrating}
     return [row for row in rows if row["question"] not in asked]
 
