@@ -1,5 +1,6 @@
 """The page, the server and the command of a review: nothing gives a model away, nothing is lost."""
 
+import http.client
 import json
 import os
 import re
@@ -261,7 +262,7 @@ def work(served, token, items, said, stop):
                 try:
                     if ask(served.port, "marks", token, body)[0] == 200:
                         break
-                except OSError:
+                except (OSError, http.client.HTTPException, ValueError):  # a reply may be cut anywhere
                     time.sleep(0.02)
             said[item] = mark
         time.sleep(0.05)
