@@ -20,6 +20,7 @@ from tellings import record
 from domain_llm.demo.database import insert_tables
 from domain_llm.demo.world import make_world
 from domain_llm.ship.composing import composed
+from domain_llm.ship.linking import key_columns
 from domain_llm.ship.schema import read_schema
 from domain_llm.ship.spelling import canonical
 from domain_llm.ship.sqlrows import column_values, exchanged, sql_messages
@@ -53,15 +54,6 @@ CLAIMS = [
     claim("twelve help more than four", "composed", "and 4,000 composed", "and 12,000 composed"),
     claim("more of the same questions helps on known kinds", "known", "own", "own, longer", control=True),
 ]
-
-
-def key_columns(schema):
-    "The columns that only identify rows or point to others."
-    out = set()
-    for table, found in schema["tables"].items():
-        out |= {(table, column) for column in found["key"]}
-        out |= {(table, column) for column, *_ in found["foreign"]}
-    return out
 
 
 def same_rows_as(schema):
