@@ -4,8 +4,9 @@
 
 Small models read the demo's training questions with other values in them, or also questions that are composed from the
 words for its things; one arm reads its own questions, with more values, for as long as the arm with 4,000 composed. No
-composed question asks what a new or composed kind asks, whatever its wording, values or joins. Each seed has another
-demo, other questions and another model. Every arm and seed is kept in a folder: a cut recording goes on where it was.
+composed question asks what a new or composed kind asks, whatever its wording, values or joins. Right is an answer with
+the reference's rows on the database and on copies of it with other contents. Each seed has another demo, other
+questions and another model. Every arm and seed is kept in a folder: a cut recording goes on where it was.
 """
 
 import random
@@ -19,6 +20,7 @@ from tellings import record
 
 from domain_llm.demo.database import insert_tables
 from domain_llm.demo.world import make_world
+from domain_llm.judge.answers import execution_accuracy
 from domain_llm.ship.composing import composed
 from domain_llm.ship.linking import key_columns
 from domain_llm.ship.schema import read_schema
@@ -32,6 +34,7 @@ from domain_llm.train.sft import encode_all
 
 SETTINGS = dict(learning_rate=4e-3, tokens_per_step=512, length=512, probes=1)
 ASKED = dict(known=3, new=3, composed=1)  # of each part every so many questions
+COPIES = 5  # with other contents, on which an answer has to be right as well
 ARMS = {
     "own": dict(values=2, composed=0, passes=2),
     "own, longer": dict(values=12, composed=0, passes=5),
@@ -124,7 +127,7 @@ def made_rows(arm, seed, world, con, schema):
 
 
 def measure(arm, seed):
-    "The share of right answers of a small model after an arm's training, for each part."
+    "Which answers of a small model are right after an arm's training, for each part: also on copies, and without them."
     world, con = make_world(seed=seed), sqlite3.connect(":memory:")
     insert_tables(con, world["tables"])
     schema = read_schema(con)
@@ -140,8 +143,11 @@ def measure(arm, seed):
     for part, step in ASKED.items():
         asked = parts[part][::step]
         answered = answers_to([row["question"] for row in asked], in_torch(model, tok, samples=0), setting)
-        correct = judged(asked, answered, setting, voting=False)["correct"]
-        found[part] = dict(values=[int(right) for right in correct], groups=[row["shape"] for row in asked])
+        told = judged(asked, answered, setting, voting=False)
+        on_copies = execution_accuracy(told["sql"], [row["sql"] for row in asked], con, copies=COPIES)["values"]
+        groups = [row["shape"] for row in asked]
+        found[part] = dict(values=[int(right) for right in on_copies], groups=groups)
+        found[f"{part}, no copies"] = dict(values=[int(right) for right in told["correct"]], groups=groups)
     return found
 
 

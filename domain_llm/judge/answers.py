@@ -9,12 +9,13 @@ __all__ = ['answer_units', 'normalised', 'with_interval', 'exact_match', 'value_
 # %% ../../nbs/36_judge.answers.ipynb #a91ff987
 import re
 from collections import Counter
+from contextlib import ExitStack
 from statistics import fmean
 
 from ..core import InputError
 from ..data.formats import normal_form
 from ..data.leaks import units_of
-from .queries import FAILURES, is_ordered, read_only, run_query, same_rows
+from .queries import FAILURES, is_ordered, perturbed, read_only, run_query, same_rows
 from .stats import accuracy_interval, ratio_interval
 
 # %% ../../nbs/36_judge.answers.ipynb #6591d712
@@ -245,6 +246,16 @@ def _reference_rows(con, query, seconds, number):
         ) from e
 
 
+def _agreeing(con, answer, queries, number, seconds, tolerance):
+    "For each reference whether the answer returns its rows, and the answer's error, None where it ran."
+    results = [_reference_rows(con, query, seconds, number) for query in queries]
+    try:
+        rows = run_query(con, answer, seconds, 1 + max(map(len, results)))
+    except FAILURES as e:
+        return [False] * len(queries), str(e) or type(e).__name__
+    return [same_rows(rows, rest, is_ordered(query), tolerance) for query, rest in zip(queries, results)], None
+
+
 def execution_accuracy(
     answers,  # SQL texts
     references,  # one SQL text each, or a list of accepted ones
@@ -252,25 +263,26 @@ def execution_accuracy(
     groups=None,  # label of each item, as in `with_interval`
     seconds: float = 5.0,  # time limit of one query
     tolerance: float = 1e-9,  # relative difference of equal floats
+    copies: int = 0,  # copies with other contents, as from `perturbed`, on which the rows have to agree as well
 ):
     """Share of the queries that return the rows of a reference: as a multiset, or in order where it has ORDER BY.
 
     Columns count in their order, their names do not. A query that fails, writes or takes too long is wrong; `errors`
-    says why, None for one that ran. Nothing is ever written.
+    says why, None for one that ran. Nothing is ever written. Each copy takes the memory of the whole database.
     """
-    values, errors = [], []
-    with read_only(database) as con:
-        for i, (answer, queries) in enumerate(_pairs(answers, references), 1):
-            results = [_reference_rows(con, query, seconds, i) for query in queries]
-            try:
-                rows, error = run_query(con, answer, seconds, 1 + max(map(len, results))), None
-            except FAILURES as e:
-                rows, error = None, str(e) or type(e).__name__
-            same = error is None and any(
-                same_rows(rows, wanted, is_ordered(query), tolerance) for query, wanted in zip(queries, results)
-            )
-            values.append(same)
-            errors.append(error)
+    values, errors, pairs = [], [], list(_pairs(answers, references))
+    with ExitStack() as opened:
+        con = opened.enter_context(read_only(database))
+        asked = [query for _, queries in pairs for query in queries]
+        everywhere = [con]
+        for seed in range(copies):
+            copy = perturbed(con, asked, seed)
+            opened.callback(copy.close)
+            everywhere.append(opened.enter_context(read_only(copy)))
+        for i, (answer, queries) in enumerate(pairs, 1):
+            found = [_agreeing(one, answer, queries, i, seconds, tolerance) for one in everywhere]
+            values.append(any(map(all, zip(*(same for same, _ in found)))))
+            errors.append(next((error for _, error in found if error), None))
     return with_interval(values, groups) | dict(errors=errors)
 
 # %% ../../nbs/36_judge.answers.ipynb #58ab37d4
