@@ -113,6 +113,7 @@ def test_calibration_by_hand(rows, plant):
     unsure = [(found, [says("SELECT site FROM pumps WHERE name = 'Pump 3'", -9.0)])] * 15
     told = calibrated(asked, sure + wrong + unsure, setting, wanted=0.8)
     assert (told["questions"], told["right"], told["answered"], told["right_answered"]) == (40, 20, 25, 20)
+    assert told["right_on_copies"] == 20
     high, low = (
         confidence(evidence(found, dict(sql="SELECT 1", logprob=p, agreement=1.0, empty=False)), told["fitted"])
         for p in (-0.1, -9.0)
@@ -123,6 +124,23 @@ def test_calibration_by_hand(rows, plant):
     assert nothing["right"] == 0 and nothing["threshold"] is None
     lines = told_model(nothing | dict(wanted=0.95))
     assert lines[0].startswith("0 of 20 questions") and "so the model answers nothing" in lines[1]
+
+
+def test_what_is_right_by_accident_is_counted_apart(rows, plant, tmp_path, monkeypatch):
+    "A price that is asked by itself has the right rows here, and on a copy it is another pump's."
+    asked = [row for row in rows if row["question"].startswith("What does")][:20]
+    setting = sql_setting(rows, plant, read_schema(plant))
+    (cost,) = (price for name, _, price in PUMPS if f"What does {name} cost?" == asked[0]["question"])
+    by_price = f"SELECT price FROM pumps WHERE price = {cost} LIMIT 1"
+    answers = [by_price, *(row["sql"] for row in asked[1:])]
+    answered = [(dict(values={}, literals=[]), [says(sql, -0.1)]) for sql in answers]
+    told = calibrated(asked, answered, setting)
+    assert (told["right"], told["right_on_copies"]) == (20, 19)
+    assert "20 of 20 questions" in told_model(told | dict(wanted=0.95))[0]
+    assert "19 of them also on 3 copies" in told_model(told | dict(wanted=0.95))[0]
+    monkeypatch.setattr(sqlmodel, "LARGEST_COPIED", 10)
+    told = calibrated(asked, answered, setting)
+    assert told["right_on_copies"] is None and "copies" not in told_model(told | dict(wanted=0.95))[0]
 
 
 def test_it_answers_what_it_was_not_trained_on(made, plant, rows):
