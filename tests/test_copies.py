@@ -88,7 +88,7 @@ def test_constants_of_the_queries_come_into_columns_that_they_fit():
         name: {v for copy in copies for v in column(copy, "t", name)} - set(column(con, "t", name)) for name in names
     }
     new.pop("day")  # this day stood there once
-    assert new == dict(id=set(), year={1919}, price={3.25}, name=set(), far=set(), apart=set())
+    assert new == dict(id=set(), year={1919}, price={2.25, 3.25, 4.25}, name=set(), far=set(), apart=set())
     assert any(column(copy, "t", "day").count("2020-01-20") > 1 for copy in copies)
 
 
@@ -109,6 +109,125 @@ def test_text_that_is_no_unicode_is_copied():
     con = sqlite3.connect(":memory:")
     con.execute("CREATE TABLE t AS SELECT CAST(x'ff41' AS TEXT) AS a, x'00ff' AS b")
     assert perturbed(con).execute("SELECT * FROM t").fetchall() == [("\ufffdA", b"\0\xff")]
+
+
+REFERRED = {
+    "a unique pair": (
+        "CREATE TABLE p (id INTEGER PRIMARY KEY, a, b, UNIQUE (a, b)); CREATE TABLE c (id INTEGER PRIMARY KEY, "
+        "p REFERENCES p)",
+        [(i, i % 10, f"x{i // 10}") for i in range(30)],
+        [(i, i % 30) for i in range(40)],
+        "c.p = p.id",
+    ),
+    "a unique pair that is referred to": (
+        "CREATE TABLE p (id INTEGER PRIMARY KEY, a, b, UNIQUE (a, b)); CREATE TABLE c (id INTEGER PRIMARY KEY, a, b, "
+        "FOREIGN KEY (a, b) REFERENCES p (a, b))",
+        [(i, i % 4, i // 4) for i in range(12)],
+        [(i, i % 4, i % 12 // 4) for i in range(40)],
+        "(c.a, c.b) = (p.a, p.b)",
+    ),
+    "a column that is no key": (
+        "CREATE TABLE p (CODE INT, town); CREATE TABLE c (id INTEGER PRIMARY KEY, code REFERENCES P (code))",
+        [(i + 5, f"town {i}") for i in range(12)],
+        [(i, i % 12 + 5) for i in range(40)],
+        "c.code = p.code",
+    ),
+    "an expression that is unique": (
+        "CREATE TABLE p (id INTEGER PRIMARY KEY, email); CREATE UNIQUE INDEX u ON p (lower(email)); "
+        "CREATE TABLE c (id INTEGER PRIMARY KEY, p REFERENCES p)",
+        [(i, f"M{i}" if i % 3 else None) for i in range(12)],
+        [(i, i % 12) for i in range(40)],
+        "c.p = p.id",
+    ),
+    "a part that is unique": (
+        "CREATE TABLE p (id INTEGER PRIMARY KEY, kind, no); CREATE UNIQUE INDEX u ON p (no) WHERE kind = 'a'; "
+        "CREATE TABLE c (id INTEGER PRIMARY KEY, p REFERENCES p)",
+        [(i, "ab"[i % 2], i // 2) for i in range(12)],
+        [(i, i % 12) for i in range(40)],
+        "c.p = p.id",
+    ),
+    "two keys with a column in common": (
+        "CREATE TABLE p (tenant, id, town, PRIMARY KEY (tenant, id)); CREATE TABLE q (tenant, id, PRIMARY KEY (tenant, "
+        "id)); INSERT INTO q SELECT value / 4, value % 4 FROM json_each('[0,1,2,3,4,5,6,7,8,9,10,11]'); CREATE TABLE c "
+        "(n INTEGER PRIMARY KEY, tenant, p, q, FOREIGN KEY (tenant, p) REFERENCES p, FOREIGN KEY (tenant, q) "
+        "REFERENCES q)",
+        [(i // 4, i % 4, f"town {i}") for i in range(12)],
+        [(i, i % 3, i % 4, (i + 1) % 4) for i in range(40)],
+        "(c.tenant, c.p) = (p.tenant, p.id)",
+    ),
+    "keys that nobody declared": (
+        "CREATE TABLE p (id integer, town); CREATE TABLE c (name, p)",
+        [(i, f"town {i}") for i in range(10)],
+        [(f"pump {i}", i % 10) for i in range(40)],
+        "c.p = p.id",
+    ),
+    "a generated column that refers": (
+        "CREATE TABLE p (id INTEGER PRIMARY KEY, town); CREATE TABLE c (a INT, b INT AS (a + 0) STORED REFERENCES p)",
+        [(i, f"town {i}") for i in range(10)],
+        [(i % 10,) for i in range(40)],
+        "c.b = p.id",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFERRED)
+def test_what_refers_to_a_row_still_does(kind):
+    made, parents, children, joined = REFERRED[kind]
+    con = sqlite3.connect(":memory:")
+    con.executescript(made)
+    for table, rows in (("p", parents), ("c", children)):
+        names = ", ".join(name for (name,) in con.execute("SELECT name FROM pragma_table_info(?)", [table]))
+        con.executemany(f"INSERT INTO {table} ({names}) VALUES ({', '.join('?' * len(rows[0]))})", rows)
+    con.commit()
+    changed = 0
+    for seed in range(4):
+        copy = perturbed(con, ["SELECT 3"], seed)
+        assert copy.execute(f"SELECT COUNT(*) FROM c JOIN p ON {joined}").fetchone() == (40,)
+        assert len(copy.execute("SELECT * FROM p").fetchall()) == len(parents)
+        changed += copy.execute("SELECT * FROM c").fetchall() != con.execute("SELECT * FROM c").fetchall()
+    assert changed
+
+
+FEW = "CREATE TABLE t (m, n, d); INSERT INTO t SELECT value, {}, '2020-01-' || (10 + value) || ' 10:00:00' FROM {}"
+BOUNDS = [  # an answer with another bound than the reference, where no value lies between the two
+    ("-31 + 2 * value", "n <= -10", "n < -10"),
+    ("(-31 + 2 * value) / 2.0 ", "n <= -.75", "n < -.75"),
+    ("1234567890123456700 + 2 * value", "n <= 1234567890123456721", "n < 1234567890123456721"),
+    ("iif(value < 15, 1980, 2000) + value", "n > 1998", "n > 1995"),
+    ("iif(value < 15, 1980, 2000) + value", "n < 2001", "n < 2005"),
+    ("value", "d <= '2020-01-19 12:00:00'", "d < '2020-01-19 12:00:00'"),
+]
+
+
+@pytest.mark.parametrize("values, answer, reference", BOUNDS)
+def test_another_bound_is_found_out(values, answer, reference):
+    con = sqlite3.connect(":memory:")
+    numbers = ", ".join(map(str, range(30)))
+    con.executescript(FEW.format(values, f"json_each('[{numbers}]')"))
+    queries = [f"SELECT m FROM t WHERE {condition}" for condition in (answer, reference)]
+    assert execution_accuracy(queries[:1], queries[1:], con)["values"] == [1]
+    assert execution_accuracy(queries[:1], queries[1:], con, copies=5)["values"] == [0]
+
+
+def test_what_cannot_be_copied_is_named(tmp_path):
+    con = sqlite3.connect(":memory:")
+    con.executescript(
+        "CREATE TABLE t (v, k); CREATE INDEX i ON t (json_extract(v, '$.a')) WHERE k = 'j'; "
+        """INSERT INTO t VALUES ('{"a": 1}', 'j'), ('none', 'n'), ('no', 'n'), ('nothing', 'n')"""
+    )
+    with pytest.raises(InputError, match="cannot be copied with other contents: malformed JSON"):
+        for seed in range(20):
+            perturbed(con, seed=seed)
+    (tmp_path / "a.sqlite").write_text("no database " * 100)
+    with pytest.raises(InputError, match="not a database"):
+        execution_accuracy(["SELECT 1"], ["SELECT 1"], tmp_path / "a.sqlite", copies=1)
+
+
+def test_a_reference_that_fails_on_a_copy_says_nothing_of_the_answer():
+    con = sqlite3.connect(":memory:")
+    con.executescript("""CREATE TABLE t (v, k); INSERT INTO t VALUES ('{"a": 1}', 'j'), ('none', 'n'), ('no', 'n')""")
+    reference = "SELECT json_extract(v, '$.a') FROM t WHERE k = 'j'"
+    assert execution_accuracy([reference, "SELECT 2"], [reference] * 2, con, copies=9)["values"] == [1, 0]
 
 
 BY_ACCIDENT = [

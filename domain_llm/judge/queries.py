@@ -168,50 +168,61 @@ def same_rows(
     return ours == theirs if ordered else Counter(ours) == Counter(theirs)
 
 # %% ../../nbs/94_judge.queries.ipynb #c0p1es02
-_CONSTANT = re.compile(r"(?<![\w.'])\d+(?:\.\d+)?(?![\w.'])|'\d{4}-\d\d-\d\d'")
+_LITERAL = re.compile(r"""'(?:[^']|'')*' | "[^"]*" | (?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)(?![\w.])""", re.X)
+_DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d)?)?")
 
 
 def _constants(queries):
-    "The numbers, and the dates as texts, that stand in queries, each once."
-    found = {text for query in queries for text in _CONSTANT.findall(query)}
-    return [text.strip("'") if "'" in text else float(text) for text in sorted(found)]
+    "The numbers that stand in queries with their neighbours, and the dates, as texts."
+    found = sorted({text for query in queries for text in _LITERAL.findall(query)})
+    dates = [text.strip("'") for text in found if _DATE.fullmatch(text.strip("'"))]
+    numbers = [float(text) if "." in text else int(text) for text in found if text[0] not in "'\""]
+    signed = [number for one in numbers for number in ((one, -one) if one < 0 else (one,))]  # 5-3 has no -3
+    return [*dates, *sorted({number + step for number in signed for step in (-1, 0, 1)})]
 
 
 def _fitting(values, constants):
     "The constants that lie among a column's values: whole numbers for whole numbers, dates for texts that are dates."
     own = [value for value in values if value is not None]
     if own and all(isinstance(value, (int, float)) for value in own):
-        fit = [number for number in constants if isinstance(number, float) and min(own) <= number <= max(own)]
-        whole = all(isinstance(value, int) for value in own)
-        return [int(number) for number in fit if number.is_integer()] if whole else fit
-    if own and all(isinstance(value, str) and _CONSTANT.fullmatch(f"'{value}'") for value in own):
+        kinds = int if all(isinstance(value, int) for value in own) else (int, float)
+        return [number for number in constants if isinstance(number, kinds) and min(own) <= number <= max(own)]
+    if own and all(isinstance(value, str) and _DATE.fullmatch(value) for value in own):
         return [text for text in constants if isinstance(text, str) and min(own) <= text <= max(own)]
     return []
 
 # %% ../../nbs/94_judge.queries.ipynb #c0p1es03
-_SHARE = 0.25  # of the rows that get a constant of the queries
-
-
 def _quoted(name):
     return '"' + name.replace('"', '""') + '"'
 
 
-def _columns(con, table):
-    "All columns of a table, those of each foreign key that can move, and those that move alone: all but its own key."
-    keys = dict(con.execute("SELECT name, pk FROM pragma_table_info(?)", [table]))
-    foreign = {}
-    for number, name in con.execute('SELECT id, "from" FROM pragma_foreign_key_list(?) ORDER BY id, seq', [table]):
-        foreign.setdefault(number, []).append(next(own for own in keys if own.lower() == name.lower()))
-    taken, together = {name for name, place in keys.items() if place}, []
-    for group in foreign.values():
-        if not taken & set(group):
-            together.append(group)
-        taken |= set(group)
-    return list(keys), together, [name for name in keys if name not in taken]
-
-
-_UNIQUE = """SELECT part.name FROM pragma_index_list(?) AS ind, pragma_index_info(ind.name) AS part
+_FOREIGN = """SELECT child.name, key.id, key."from", key."table", key."to"
+FROM pragma_table_list AS child, pragma_foreign_key_list(child.name) AS key WHERE child.schema = 'main'"""
+_UNIQUE = """SELECT ind.name, part.name FROM pragma_index_list(?) AS ind, pragma_index_info(ind.name) AS part
 WHERE ind."unique" """
+
+
+def _kept_columns(con, table):
+    "Names, in lower case, of columns that stay as they are: those of the key, and those that other tables refer to."
+    key = {name.lower() for (name,) in con.execute("SELECT name FROM pragma_table_info(?) WHERE pk", [table])}
+    pointed = con.execute(_FOREIGN).fetchall()
+    return key | {to.lower() for *_, other, to in pointed if other.lower() == table.lower() and to}
+
+
+def _moved_together(con, table, names):
+    "Lists of columns that keep their values side by side, and those of them whose values have to stay unique."
+    sets = {}
+    for child, number, own, *_ in con.execute(_FOREIGN):
+        if child == table:
+            sets.setdefault(number, set()).add(own.lower())
+    unique = {}
+    for index, name in con.execute(_UNIQUE, [table]):
+        unique.setdefault(index, set()).add((name or "").lower())
+    groups = [{name.lower()} for name in names]
+    for part in (*sets.values(), *unique.values()):
+        touched = [group for group in groups if group & part]
+        groups = [group for group in groups if not group & part] + [set().union(part, *touched)]
+    return groups, [group for group in groups if any(part <= group for part in unique.values())]
 
 
 def _drawn(values, unique, rng):
@@ -219,30 +230,66 @@ def _drawn(values, unique, rng):
     names = len(set(values)) == len(values) and all(isinstance(part, str) for value in values for part in value)
     return rng.sample(values, len(values)) if names or unique else rng.choices(values, k=len(values))
 
+# %% ../../nbs/94_judge.queries.ipynb #c0p1es05
+_SHARE = 0.5  # of the rows that get a constant of the queries
+
+
+def _dealt(con, table, names, rows, constants, rng):
+    "The columns of a table by name, with their values in other rows."
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    kept = _kept_columns(con, table)
+    first = columns[names[0]]
+    if not kept and len(set(first)) == len(first) and all(isinstance(value, int) for value in first):
+        kept = {names[0].lower()}  # a key that nobody declared
+    groups, unique = _moved_together(con, table, names)
+    for group in groups:
+        own = [name for name in names if name.lower() in group]
+        if kept & group or len(own) < len(group):  # a generated column is not among the names
+            continue
+        dealt = _drawn(list(zip(*(columns[name] for name in own))), group in unique, rng)
+        columns |= {name: [value[i] for value in dealt] for i, name in enumerate(own)}
+        fit = _fitting(columns[own[0]], constants) if len(own) == 1 and group not in unique else []
+        for i in rng.sample(range(len(rows)), math.ceil(_SHARE * len(rows))) if fit else ():
+            columns[own[0]][i] = rng.choice(fit)
+    return columns
+
 
 def _deal(con, table, constants, rng):
-    "Give the values of a table's columns to its rows anew, in place."
-    names, together, alone = _columns(con, table)
+    "Give the values of a table's columns to its rows anew, in place; a table that refuses the new rows stays."
+    names = [name for (name,) in con.execute("SELECT name FROM pragma_table_info(?)", [table])]
     listed = ", ".join(map(_quoted, names))
     rows = con.execute(f"SELECT {listed} FROM {_quoted(table)}").fetchall()
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
-    unique = {name for (name,) in con.execute(_UNIQUE, [table])}
-    for group in (*together, *([name] for name in alone)) if rows else ():
-        dealt = _drawn(list(zip(*(columns[name] for name in group))), unique & set(group), rng)
-        columns |= {name: [value[i] for value in dealt] for i, name in enumerate(group)}
-    for name in (name for name in alone if name not in unique):
-        fit = _fitting(columns[name], constants)
-        for i in rng.sample(range(len(rows)), math.ceil(_SHARE * len(rows))) if fit else ():
-            columns[name][i] = rng.choice(fit)
-    con.execute(f"DELETE FROM {_quoted(table)}")
+    if not rows:
+        return
+    columns = _dealt(con, table, names, rows, constants, rng)
     places = ", ".join("?" * len(names))
-    con.executemany(f"INSERT OR IGNORE INTO {_quoted(table)} ({listed}) VALUES ({places})", zip(*columns.values()))
+    con.execute("SAVEPOINT before")
+    try:
+        con.execute(f"DELETE FROM {_quoted(table)}")
+        con.executemany(f"INSERT INTO {_quoted(table)} ({listed}) VALUES ({places})", zip(*columns.values()))
+    except sqlite3.IntegrityError:
+        con.execute("ROLLBACK TO before")
+    con.execute("RELEASE before")
 
-
+# %% ../../nbs/94_judge.queries.ipynb #c0p1es06
 def _refuse_waiting(status, left, pages):
     "Called by SQLite while it copies: it would wait for ever for a change that nobody commits."
     if status in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         raise InputError("the database cannot be copied while changes to it are not committed. Commit them first.")
+
+
+def _deal_all(copy, queries, seed):
+    "Give the values of all columns to other rows, in place."
+    copy.text_factory = lambda raw: raw.decode("utf-8", "replace")
+    for (name,) in copy.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+        copy.execute(f"DROP TRIGGER {_quoted(name)}")
+    copy.execute("PRAGMA ignore_check_constraints = ON")  # a check may compare columns of one row
+    constants, rng = _constants(queries), random.Random(seed)
+    tables = copy.execute("SELECT name FROM pragma_table_list WHERE schema = 'main' AND type = 'table'").fetchall()
+    for (table,) in tables:
+        if not table.startswith("sqlite_"):
+            _deal(copy, table, constants, rng)
+    copy.commit()
 
 
 def perturbed(
@@ -250,18 +297,18 @@ def perturbed(
     queries=(),  # SQL texts whose numbers and dates are put into some rows
     seed: int = 0,
 ):
-    """A connection to a copy in memory whose columns have their values in other rows; keys stay, triggers go. Raises
-    InputError where changes are not committed."""
-    copy, rng = sqlite3.connect(":memory:"), random.Random(seed)
-    con.backup(copy, progress=_refuse_waiting)
-    copy.text_factory = lambda raw: raw.decode("utf-8", "replace")
-    for (name,) in copy.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
-        copy.execute(f"DROP TRIGGER {_quoted(name)}")
-    copy.execute("PRAGMA ignore_check_constraints = ON")  # a check may compare columns of one row
-    constants = _constants(queries)
-    tables = copy.execute("SELECT name FROM pragma_table_list WHERE schema = 'main' AND type = 'table'").fetchall()
-    for (table,) in tables:
-        if not table.startswith("sqlite_"):
-            _deal(copy, table, constants, rng)
-    copy.commit()
+    """A connection to a copy in memory whose columns have their values in other rows; keys stay, triggers go.
+
+    Attached databases, temporary tables and functions of the connection are not copied. Making it takes many times the
+    memory of the largest table. Raises InputError where changes are not committed or the copy cannot be written.
+    """
+    copy = sqlite3.connect(":memory:")
+    try:
+        con.backup(copy, progress=_refuse_waiting)
+        _deal_all(copy, queries, seed)
+    except (sqlite3.Error, InputError) as e:
+        copy.close()
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"the database cannot be copied with other contents: {e}. Judge on it alone.") from e
     return copy

@@ -148,7 +148,7 @@ def _one_by_one(write, folder):
 
 
 COPIES = 3  # of the database, with other contents
-LARGEST_COPIED = 2 * 10**8  # bytes: copies are held in memory
+LARGEST_COPIED = 2 * 10**7  # bytes: a copy takes about twenty times as much memory while it is made
 
 
 def _right_on_copies(queries, rows, database):
