@@ -173,12 +173,12 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d)?)?")
 
 
 def _constants(queries):
-    "The numbers that stand in queries with their neighbours, and the dates, as texts."
+    "The numbers that stand in queries, and the dates, as texts."
     found = sorted({text for query in queries for text in _LITERAL.findall(query)})
     dates = [text.strip("'") for text in found if _DATE.fullmatch(text.strip("'"))]
     numbers = [float(text) if "." in text else int(text) for text in found if text[0] not in "'\""]
-    signed = [number for one in numbers for number in ((one, -one) if one < 0 else (one,))]  # 5-3 has no -3
-    return [*dates, *sorted({number + step for number in signed for step in (-1, 0, 1)})]
+    without_sign = {abs(number) for number in numbers}  # 5-3 has no -3
+    return [*dates, *sorted(without_sign.union(numbers))]
 
 
 def _fitting(values, constants):
@@ -231,7 +231,7 @@ def _drawn(values, unique, rng):
     return rng.sample(values, len(values)) if names or unique else rng.choices(values, k=len(values))
 
 # %% ../../nbs/94_judge.queries.ipynb #c0p1es05
-_SHARE = 0.5  # of the rows that get a constant of the queries
+_SHARE = 0.25  # of the rows that get a constant of the queries
 
 
 def _dealt(con, table, names, rows, constants, rng):
