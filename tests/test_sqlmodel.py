@@ -126,7 +126,7 @@ def test_calibration_by_hand(rows, plant):
     assert lines[0].startswith("0 of 20 questions") and "so the model answers nothing" in lines[1]
 
 
-def test_what_is_right_by_accident_is_counted_apart(rows, plant, tmp_path, monkeypatch):
+def test_what_is_right_by_accident_is_counted_apart(rows, plant, monkeypatch):
     "A price that is asked by itself has the right rows here, and on a copy it is another pump's."
     asked = [row for row in rows if row["question"].startswith("What does")][:20]
     setting = sql_setting(rows, plant, read_schema(plant))

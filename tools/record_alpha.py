@@ -9,7 +9,6 @@ cut recording goes on where it was.
 """
 
 import random
-from pathlib import Path
 
 from tellings import by_machine, record
 
@@ -78,7 +77,7 @@ def measure(arm, seed):
         read = read_often(rows["old"], BASE["epochs"], seed)
         return fitted(small_model(tok, seed), read, seed, learning_rate=BASE["learning_rate"], **PHASE)
 
-    base = kept_model(Path(cache_dir()) / "alpha_models" / str(seed), make, tok)
+    base = kept_model(cache_dir() / "alpha_models" / str(seed), make, tok)
     read = read_often(rows["new"], arm.pop("epochs"), seed)
     tuned = fitted(base, read, seed, method="lora", **PHASE, **arm)
     found = {part: value_bits(tuned, tok, facts) for part, facts in exam.items()}

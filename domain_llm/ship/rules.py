@@ -14,8 +14,7 @@ from itertools import combinations
 from ..core import InputError
 from ..data.formats import normal_form
 from ..data.leaks import units_of
-from ..judge.queries import read_only, run_query
-from .schema import quoted
+from ..judge.queries import quoted, read_only, run_query
 
 # %% ../../nbs/95_ship.rules.ipynb #5995a1c4
 _UNIT = r"(?!st|nd|rd|th)[a-z]{1,4}"  # written without a space behind a number, as in 120bar

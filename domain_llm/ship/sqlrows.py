@@ -10,11 +10,10 @@ import random
 import re
 
 from ..core import InputError
-from ..judge.queries import read_only, run_query
+from ..judge.queries import quoted, read_only, run_query
 from .grammar import column_kinds
 from .linking import linked, prompt
 from .rules import find_values, plain
-from .schema import quoted
 from .spelling import aliases, canonical
 
 # %% ../../nbs/95_ship.sqlrows.ipynb #86432d78
